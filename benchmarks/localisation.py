@@ -1,0 +1,190 @@
+"""Where a privileged teacher's credit lies: HSD's Fig. 1, Fig. 5 and Tables 4 and 5 in small, on any model and task.
+
+    python benchmarks/localisation.py                                                       # the embedded model
+    python benchmarks/localisation.py --model MODEL --task gsm8k --questions 64 --max_tokens 512
+
+Samples groups, takes the failed responses that have a successful peer in their group, and reads each response behind
+four prompts: the student's own, with the answer (OPSD on the bare answer), with the worked solution (OPSD), and with
+answer and peer (HSD). Credit is A_t = log π(o_t | context) − log π(o_t | question) at the sampled token, Eq. 2.
+"hybrid" is the mean of the answer's credit and the GRPO advantage of the response, one reading of GRPO+OPSD (the paper
+does not define it). Mass is the share of Σ|A| within w tokens of the first divergence τ from the peer, of the whole
+response and of the ±50 tokens about τ: the paper does not say which. Writes results/localisation/NAME.{json,png,md}.
+"""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+import tyro
+
+import hsd
+from common.policy import load_policy, load_tokenizer, score
+from common.sampler import HFSampler, chat_ids
+from common.tasks import load_task
+from common.verifiers import Verifier
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("peer", "answer", "solution", "hybrid")
+WIDTHS = (2, 4, 8, 16, 32)
+
+
+@dataclass
+class Args:
+    name: str = "chain"
+    """of the result files"""
+    model: str = "assets/chain"
+    """folder or hub id"""
+    task: str = "chain"
+    """problems, as the algorithm files take them"""
+    data_dir: str = ""
+    """folder of the named sets"""
+    questions: int = 256
+    """groups sampled"""
+    group_size: int = 8
+    """G"""
+    max_tokens: int = 64
+    """limit of a response"""
+    failures: int = 512
+    """failed responses with a peer, at most (the paper: 512)"""
+    token_budget: int = 16384
+    """padded tokens in a forward pass"""
+    seed: int = 0
+    """of questions and samples"""
+
+
+def main(args: Args) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(args.model)
+    problems = load_task(args.task, heldout=1, data_dir=args.data_dir).train[: args.questions]
+    sampler, policy = HFSampler(args.model, tokenizer, device), load_policy(args.model, device)
+    prompts = [chat_ids(tokenizer, p.messages) for p in problems]
+    groups = sampler.sample(prompts, args.group_size, seed=(args.seed,), keys=range(len(prompts)),
+                            max_tokens=args.max_tokens)
+    verifier = Verifier()
+    verdicts = verifier([p for p in problems for _ in range(args.group_size)], [o.text for g in groups for o in g])
+    verifier.close()
+
+    cases = []  # failed responses with a peer
+    for q, (problem, group) in enumerate(zip(problems, groups)):
+        R = [v.reward for v in verdicts[q * args.group_size : (q + 1) * args.group_size]]
+        peers = hsd.choose_peers(R, [len(o.response_ids) for o in group], [0.0] * len(R), "uniform", random.Random(q))
+        for o, r, j in zip(group, R, peers):
+            if r < 1 and j is not None:
+                tau = hsd.divergence_point(o.response_ids, group[j].response_ids)
+                if tau is not None:
+                    spread = torch.tensor(R).std().item()
+                    cases.append((problem, o, group[j], tau, sum(R) / len(R), (r - sum(R) / len(R)) / spread))
+    cases = cases[: args.failures]
+    responses = [o.response_ids for _, o, _, _, _, _ in cases]
+    read = lambda before: [s.logp for s in score(policy, before, responses, args.token_budget)]
+    plain = read([o.prompt_ids for _, o, _, _, _, _ in cases])
+    credit: dict[str, list[torch.Tensor]] = {}
+    for kind in ("peer", "answer", "solution"):
+        if kind == "solution" and any(p.solution is None for p, *_ in cases):
+            continue
+        settings = hsd.Args(context=kind)
+        shown = [chat_ids(tokenizer, hsd.context(p, peer.text, settings)) for p, _, peer, *_ in cases]
+        credit[kind] = [(a - b).cpu() for a, b in zip(read(shown), plain)]
+    credit["hybrid"] = [0.5 * a + 0.5 * case[5] for a, case in zip(credit["answer"], cases)]
+
+    taus, rates = [c[3] for c in cases], [c[4] for c in cases]
+    result = {"command": "python benchmarks/localisation.py " + " ".join(sys.argv[1:]), "args": asdict(args),
+              "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                                       text=True).stdout.strip(),
+              "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})" if device.type == "cpu"
+              else torch.cuda.get_device_name(), "failures": len(cases), "median_tau": sorted(taus)[len(taus) // 2],
+              "mean_length": sum(map(len, responses)) / len(responses), "kinds": {}}
+    for kind, values in credit.items():
+        found = [hsd.localisation(a, tau) for a, tau in zip(values, taus)]
+        mean = lambda name, rows: sum(r[name] for r in rows if name in r) / max(1, sum(name in r for r in rows))
+        bins = {b: [f for f, p in zip(found, rates) if keep(p)] for b, keep in
+                (("easy", lambda p: p > 0.5), ("medium", lambda p: 0.2 <= p <= 0.5), ("hard", lambda p: p < 0.2))}
+        result["kinds"][kind] = {
+            "mean_abs": sum(a.abs().sum() for a in values).item() / sum(map(len, values)),
+            **{name: mean(name, found) for name in found[0] | {"credit/before_tau": 0, "credit/after_tau": 0}},
+            **{f"peak/{b}": [mean("credit/at_tau", rows), len(rows)] for b, rows in bins.items()},
+            "by_offset": by_offset(values, taus), "by_position": by_position(values)}
+    folder = ROOT / "results" / "localisation"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{args.name}.json").write_text(json.dumps(result, indent=1))
+    (folder / f"{args.name}.md").write_text(table(result))
+    draw(result, folder / f"{args.name}.png")
+    print(table(result))
+    dist.destroy_process_group()
+
+
+def by_offset(credit: list[torch.Tensor], taus: list[int], before: int = 30, after: int = 50) -> list[list[float]]:
+    """[offset from τ, mean |A|, responses] for every offset that some response has."""
+    rows = []
+    for d in range(-before, after + 1):
+        values = [a[tau + d].abs().item() for a, tau in zip(credit, taus) if 0 <= tau + d < len(a)]
+        if values:
+            rows.append([d, sum(values) / len(values), len(values)])
+    return rows
+
+
+def by_position(credit: list[torch.Tensor], bins: int = 20) -> list[float]:
+    """Mean |A| in 20 bins of t/|o| (Fig. 1)."""
+    sums, counts = torch.zeros(bins), torch.zeros(bins)
+    for a in credit:
+        where = torch.arange(len(a)) * bins // len(a)
+        sums.index_add_(0, where, a.abs())
+        counts.index_add_(0, where, torch.ones(len(a)))
+    return (sums / counts.clamp(min=1)).tolist()
+
+
+def table(result: dict) -> str:
+    head = ["teacher sees", "mean \\|A\\|", "at τ", "before τ", "after τ", *(f"±{w}" for w in WIDTHS),
+            *(f"±{w} of ±50" for w in WIDTHS)]
+    lines = [f"{result['failures']} failed responses with a peer, mean length {result['mean_length']:.1f} tokens, median "
+             f"τ {result['median_tau']}. `{result['command'].strip()}`, commit {result['commit']}, {result['hardware']}.",
+             "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for kind, row in result["kinds"].items():
+        cells = [f"{row[k]:.3f}" for k in ("mean_abs", "credit/at_tau", "credit/before_tau", "credit/after_tau")]
+        cells += [f"{100 * row[f'{m}/w{w}']:.0f} %" for m in ("mass", "mass50") for w in WIDTHS]
+        lines.append("| " + " | ".join([kind, *cells]) + " |")
+    lines += ["", "| peak \\|A_τ\\| | easy (pass > 0.5) | medium | hard (< 0.2) |", "|---|---|---|---|"]
+    for kind, row in result["kinds"].items():
+        peaks = [f"{row[f'peak/{b}'][0]:.2f} ({row[f'peak/{b}'][1]})" for b in ("easy", "medium", "hard")]
+        lines.append("| " + " | ".join([kind, *peaks]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict, path: Path) -> None:
+    figure, (a, b, c) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    for kind, row in result["kinds"].items():
+        style = {"linestyle": "--"} if kind == "hybrid" else {}
+        a.plot([(i + 0.5) / 20 for i in range(20)], row["by_position"], label=kind, **style)
+        shown = [r for r in row["by_offset"] if r[2] >= 0.1 * result["failures"]]
+        b.plot([r[0] for r in shown], [r[1] for r in shown], label=kind, **style)
+        c.plot(WIDTHS, [row[f"mass/w{w}"] for w in WIDTHS], marker="o", label=kind, **style)
+    a.set(title="|A| along the response", xlabel="t / |o|", ylabel="mean |A|, nats", yscale="log")
+    b.set(title="|A| about the first divergence", xlabel="t − τ", ylabel="mean |A|, nats")
+    b.axvline(0, color="grey", linewidth=0.8)
+    c.set(title="share of Σ|A| within ±w of τ (whole response)", xlabel="w", xscale="log", ylim=(0, 1))
+    c.set_xticks(WIDTHS, [str(w) for w in WIDTHS])
+    for axis in (a, b, c):
+        axis.grid(alpha=0.3)
+    a.legend()
+    figure.suptitle(f"{result['args']['name']}: failed responses with a successful peer, by what the teacher sees")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

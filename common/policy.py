@@ -1,0 +1,243 @@
+"""A causal language model as a policy: loaded, sharded, fed in micro-batches, and read token by token.
+
+`Policy` goes from token ids to hidden states to whatever a head function makes of them, in one forward, so that FSDP2
+gathers the body's and the head's weights itself. No [T, V] logits leave it. The training forward pads on the right
+and needs no attention mask: under causal attention no real token sees the padding, and positions count from 0.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kernels.head import TokenStats, token_stats
+
+
+class Policy(nn.Module):
+    """`policy(micro, head)` is head(hidden, weight): the hidden states [T, D] that predict the response tokens of a
+    micro-batch, and the weight [V, D] of the language-model head."""
+
+    def __init__(self, lm: PreTrainedModel):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, micro: Micro, head: Callable):
+        read = self.lm.base_model
+        if micro.prefix is None:
+            hidden = read(input_ids=micro.ids, use_cache=False).last_hidden_state.flatten(0, 1)  # [B·L, D]
+        else:  # a prompt is read once for all its responses; gradients reach it through its keys and values
+            before = read(input_ids=micro.prefix, attention_mask=micro.prefix_mask, use_cache=True)
+            before.past_key_values.batch_select_indices(micro.prefix_of)
+            mask = micro.prefix_mask[micro.prefix_of]
+            places = mask.sum(1, keepdim=True) + torch.arange(micro.ids.shape[1], device=mask.device)
+            after = read(input_ids=micro.ids, attention_mask=torch.cat([mask, torch.ones_like(micro.ids)], 1),
+                         position_ids=places, past_key_values=before.past_key_values, use_cache=True)
+            hidden = torch.cat([x.last_hidden_state.flatten(0, 1) for x in (before, after)])  # [P·Lp + B·L, D]
+        return head(hidden[micro.index], self.lm.get_output_embeddings().weight)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path` (a folder or a hub id). Raises SystemExit where there is none or no chat template."""
+    check_path(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise SystemExit(f"error: --model {path}: its tokenizer has no chat template; use an instruction-tuned "
+                         "checkpoint, or set tokenizer.chat_template and save it again")
+    return tokenizer
+
+
+def load_policy(path: str, device: torch.device, *, checkpointing: bool = False) -> Policy:
+    """Load the causal LM at `path` in fp32 and shard it over all ranks (FSDP2; bf16 compute on CUDA).
+
+    Raises SystemExit where there is no model, or where its logits are not hidden·Wᵀ (a soft cap, a scale, a bias): the
+    losses here are made from hidden states and W, and would be wrong in silence.
+    """
+    check_path(path)
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    probe = torch.arange(8)[None] % lm.config.get_text_config().vocab_size
+    with torch.no_grad():
+        logits = lm(input_ids=probe, use_cache=False).logits
+        hidden = lm.base_model(input_ids=probe, use_cache=False).last_hidden_state
+    if not torch.allclose(hidden @ lm.get_output_embeddings().weight.T, logits, atol=1e-3, rtol=1e-3):
+        raise SystemExit(f"error: --model {path}: {type(lm).__name__} transforms its logits (a soft cap, a scale or a "
+                         "bias), which the fused head does not compute; use another architecture")
+    if checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return shard(Policy(lm), device)
+
+
+def check_path(path: str) -> None:
+    """A local path that does not exist would be taken for a hub id and fail a long way from here."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    folder = Path(path).expanduser()
+    if folder.exists() and not (folder / "config.json").exists():
+        raise SystemExit(f"error: --model {path}: no config.json in this folder: not a Hugging Face checkpoint")
+    if looks_local and not folder.exists():
+        raise SystemExit(f"error: --model {path}: no such folder")
+    if not folder.exists():
+        try:
+            AutoConfig.from_pretrained(path)
+        except OSError as error:
+            why = str(error).splitlines()[0]
+            raise SystemExit(f"error: --model {path}: neither a folder nor a model on the hub ({why})") from None
+
+
+def shard(policy: Policy, device: torch.device) -> Policy:
+    """FSDP2: each decoder layer is a unit, embeddings, norm and head another. fp32 weights; on CUDA bf16 compute."""
+    policy.to(device)
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = {"mp_policy": precision} if device.type == "cuda" else {}
+    for module in policy.lm.modules():
+        if type(module).__name__ in policy.lm._no_split_modules:  # the decoder layers, as transformers names them
+            fully_shard(module, **options)
+    return fully_shard(policy, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# micro-batches: rows of several rollouts, padded on the right, packed to a token budget
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Micro:
+    """Some rollouts of a batch as tensors. T counts their response tokens, one rollout after the other."""
+
+    rows: list[int]  # which rollouts of the batch, in the order of their tokens
+    lengths: list[int]  # response tokens of each
+    ids: Tensor  # [B, L] prompt and response, padded on the right; the response alone behind a shared prefix
+    index: Tensor  # [T] the flattened position whose hidden state predicts each response token
+    targets: Tensor  # [T] the response tokens, end token included
+    prefix: Tensor | None = None  # [P, Lp] the different prompts, padded on the right, where they are shared
+    prefix_mask: Tensor | None = None  # [P, Lp] 1 where there is a token
+    prefix_of: Tensor | None = None  # [B] the prompt of each row
+
+    @property
+    def rollout(self) -> Tensor:
+        """[T] which rollout of this micro-batch a token belongs to, 0 … R−1."""
+        lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.ids.device)
+        return torch.arange(len(lengths), device=self.ids.device).repeat_interleave(lengths)
+
+    def behind(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Micro:
+        """The same rollouts, token for token, after other prompts: a student's view of a teacher's micro-batch."""
+        return pad_right([prompts[i] for i in self.rows], [responses[i] for i in self.rows], self.rows, self.ids.device)
+
+    def spread(self, values: Sequence[float] | Tensor) -> Tensor:
+        """One value a rollout of the batch → one a token [T], in fp32.
+
+        >>> m = Micro([2, 0], [1, 2], *[torch.zeros(3, dtype=torch.long)] * 3)
+        >>> m.spread([0.5, 9.0, 7.0])
+        tensor([7.0000, 0.5000, 0.5000])
+        """
+        return torch.tensor([float(values[r]) for r in self.rows], device=self.ids.device)[self.rollout]
+
+    def gather(self, values: Sequence[Sequence[float] | Tensor]) -> Tensor:
+        """One sequence a rollout of the batch → their concatenation [T] for the rollouts here, in fp32."""
+        parts = [torch.as_tensor(values[r], dtype=torch.float32, device=self.ids.device) for r in self.rows]
+        return torch.cat(parts) if parts else torch.empty(0, device=self.ids.device)
+
+
+def micro_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: Iterable[int], budget: int,
+                  device: torch.device, share_prompts: bool = False) -> list[Micro]:
+    """Sort the rollouts `rows` by length and cut them into micro-batches of at most `budget` padded tokens (one row at
+    least), in which no row is shorter than three quarters of the longest: so little is computed on padding.
+
+    Every rank gets the same number, so that FSDP's collectives match: a rank with fewer splits some or adds empty ones.
+    share_prompts: read each different prompt of a micro-batch once.
+    """
+    sizes = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    bins: list[list[int]] = []
+    for i in sorted(rows, key=lambda i: -sizes[i]):
+        width = sizes[bins[-1][0]] if bins else 0
+        if width * 0.75 <= sizes[i] and bins and (len(bins[-1]) + 1) * width <= budget:
+            bins[-1].append(i)
+        else:
+            bins.append([i])
+    count = torch.tensor(len(bins))
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    while len(bins) < count:
+        full = max(bins, key=len, default=[])
+        half = (len(full) + 1) // 2
+        bins.append(full[half:])  # empty where nothing is left to split
+        del full[half:]
+    make = behind_prefix if share_prompts else pad_right
+    return [make([prompts[i] for i in part], [responses[i] for i in part], part, device) for part in bins]
+
+
+def pad_right(prompts: list[list[int]], responses: list[list[int]], rows: list[int], device: torch.device) -> Micro:
+    width = max((len(p) + len(r) for p, r in zip(prompts, responses)), default=1)
+    ids = torch.zeros(max(1, len(rows)), width, dtype=torch.long)
+    index = []
+    for b, (p, r) in enumerate(zip(prompts, responses)):
+        ids[b, : len(p) + len(r)] = torch.tensor(p + r)
+        index.append(torch.arange(len(p) - 1, len(p) + len(r) - 1) + b * width)
+    index = torch.cat(index) if index else torch.empty(0, dtype=torch.long)
+    targets = torch.tensor([t for r in responses for t in r], dtype=torch.long)
+    return Micro(rows, [len(r) for r in responses], ids.to(device), index.to(device), targets.to(device))
+
+
+def behind_prefix(prompts: list[list[int]], responses: list[list[int]], rows: list[int], device: torch.device) -> Micro:
+    """As pad_right, with each different prompt once. A response's first token is predicted at its prompt's end, the
+    others at the token before them, so that its last token need not be read."""
+    different = list(dict.fromkeys(map(tuple, prompts))) or [(0,)]
+    which = [different.index(tuple(p)) for p in prompts]
+    wide, width = max(map(len, different)), max((len(r) - 1 for r in responses), default=0) or 1
+    prefix = torch.tensor([[*p, *[0] * (wide - len(p))] for p in different])
+    mask = torch.tensor([[1] * len(p) + [0] * (wide - len(p)) for p in different])
+    ids = torch.zeros(max(1, len(rows)), width, dtype=torch.long)
+    index = []
+    for b, (k, p, r) in enumerate(zip(which, prompts, responses)):
+        ids[b, : len(r) - 1] = torch.tensor(r[:-1], dtype=torch.long)
+        start = len(different) * wide + b * width  # where this row begins, behind all prompts
+        index += [k * wide + len(p) - 1, *range(start, start + len(r) - 1)]
+    targets = torch.tensor([t for r in responses for t in r], dtype=torch.long)
+    tensors = (ids, torch.tensor(index, dtype=torch.long), targets, prefix, mask, torch.tensor(which or [0]))
+    return Micro(rows, [len(r) for r in responses], *(x.to(device) for x in tensors))
+
+
+@torch.no_grad()
+def score(policy: Policy, prompts: Sequence[list[int]], responses: Sequence[list[int]], budget: int,
+          temperature: float = 1.0) -> list[TokenStats]:
+    """TokenStats of every response under `policy`, without gradient, in the order given."""
+    out: list[TokenStats] = [None] * len(prompts)  # type: ignore[list-item]
+    device = next(policy.parameters()).device
+    for micro in micro_batches(prompts, responses, range(len(prompts)), budget, device):
+        stats = policy(micro, lambda h, w: token_stats(h, w, micro.targets, temperature=temperature))
+        for row, *parts in zip(micro.rows, *(x.split(micro.lengths) for x in stats)):
+            out[row] = TokenStats(*parts)
+    policy.reshard()  # a forward without a backward leaves the outermost unit gathered
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def blend(teacher: Policy, student: Policy, rate: float) -> None:
+    """θ' ← (1 − rate)·θ' + rate·θ, in fp32 and shard by shard. rate 1 is a copy, bit for bit.
+
+    bf16 would round an update of rate 0.01 away; the weights of both are fp32 and only computed with in bf16.
+    """
+    teacher.reshard()
+    for mine, theirs in zip(teacher.parameters(), student.parameters()):
+        mine.to_local().lerp_(theirs.to_local(), rate)
+
+
+def full_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and whole tensors, gathered one at a time. A collective: every rank must run through it."""
+    for name, p in policy.lm.named_parameters():
+        yield name, p.full_tensor().detach()
+
+
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
+    """Clip the gradient to `max_norm`, step with learning rate `lr`, clear. → the gradient norm before clipping."""
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -1,0 +1,315 @@
+"""A run: its processes, its folder, its log, its checkpoints.
+
+    runs/NAME/args.json  metrics.jsonl  rollouts.jsonl  curves.png  checkpoints/step_000100/
+
+A checkpoint is a Hugging Face folder (`from_pretrained` opens it) with the trainer's state beside the weights. It is
+written under a temporary name and renamed when whole, so a kill at any moment leaves the previous one in place.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from common.policy import Policy, full_weights
+
+
+def parse(args_class: type, presets: Callable, argv: list[str] | None = None):
+    """Parse the command line into `args_class`. presets(args) gives defaults that depend on flags (--demo, a variant);
+    what is typed wins over them."""
+    first = tyro.cli(args_class, args=argv)
+    return tyro.cli(args_class, args=argv, default=args_class(**presets(first)))
+
+
+def require(condition: bool, message: str) -> None:
+    """A user's mistake: end with one line that names the remedy."""
+    if not condition:
+        raise SystemExit(f"error: {message}")
+
+
+def within(args, **ranges: tuple[float, float]) -> None:
+    """Each named setting must lie in its closed range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        require(low <= value <= high, f"--{name} {value}: must lie between {low:g} and {high:g}")
+
+
+RANGES = dict(  # of the settings that the algorithm files share
+    batch_size=(1, 1e6), max_tokens=(1, 1e6), heldout=(1, 1e6), temperature=(0.01, 9), top_p=(0.01, 1), lr=(0, 1),
+    steps=(1, 1e9), warmup=(0, 1e9), weight_decay=(0, 1), max_norm=(1e-9, 1e9), workers=(1, 1e3), eval_every=(1, 1e9),
+    eval_samples=(1, 1e4), save_every=(1, 1e9), keep=(1, 1e9), token_budget=(1, 1e9), sampler_rows=(1, 1e6),
+    tensor_parallel=(1, 1024), vllm_memory=(0.01, 1),
+)
+
+
+class Run:
+    """Process group, device, folder, log and checkpoints of one training run; the same for one process and for many."""
+
+    def __init__(self, args, algorithm: str):
+        within(args, **{name: bounds for name, bounds in RANGES.items() if hasattr(args, name)})
+        self.args = args
+        alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # no torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        transformers_logging.disable_progress_bar()
+        task = re.sub(r"\W+", "-", args.task.partition(":")[0])
+        self.folder = Path(args.out) / self.claim(args.name or f"{algorithm}-{task}-s{args.seed}")
+        if self.rank == 0:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            for stale in (self.folder / "checkpoints").glob("tmp-*"):
+                shutil.rmtree(stale)
+        dist.barrier()
+        self.times: dict[str, float] = {}
+        self.timing = False
+        self.history: list[dict] = []
+        self.bar: tqdm | None = None
+        self.tracker = make_tracker(args.track, self.folder, args) if self.rank == 0 else None
+
+    def claim(self, name: str) -> str:
+        """The folder's name: `name`, or with --resume off the first of name, name-2, name-3 … that is free."""
+        names = [name]
+        if self.rank == 0 and not self.args.resume:
+            candidates = [name, *(f"{name}-{i}" for i in range(2, 10_000))]
+            names = [next(n for n in candidates if not (Path(self.args.out) / n).exists())]
+        dist.broadcast_object_list(names)
+        return names[0]
+
+    # ------------------------------------------------------------------------------------------------ time and log
+    def seed(self, *place: int) -> None:
+        """Seed python, numpy and torch from (run seed, place, rank): a resumed run needs no generator state."""
+        word = zlib.crc32(repr((self.args.seed, *place, self.rank)).encode())
+        random.seed(word)
+        np.random.seed(word)
+        torch.manual_seed(word)
+
+    @contextmanager
+    def timer(self, phase: str) -> Iterator[None]:
+        """Seconds spent inside count for `phase`; inside another phase they count for that one."""
+        if self.timing:
+            yield
+            return
+        self.timing, start = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timing = False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - start
+
+    def steps(self, first: int, last: int) -> Iterator[int]:
+        """first … last − 1, under a progress bar on a terminal."""
+        hidden = None if self.rank == 0 else True  # None: shown only on a terminal
+        self.bar = tqdm(total=last, initial=first, unit="step", disable=hidden, dynamic_ncols=True)
+        for step in range(first, last):
+            self.seed(step)
+            yield step
+            self.bar.update()
+        self.bar.close()
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def reduce(self, metrics: dict) -> dict[str, float]:
+        """Numbers stay; tensors and lists become their mean over all ranks (their maximum where the name has `max`)."""
+        out = {}
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                out[name] = float(value)
+                continue
+            value = torch.as_tensor(value, dtype=torch.float64).flatten().cpu()
+            if "max" in name:
+                top = value.max() if len(value) else torch.tensor(-torch.inf, dtype=torch.float64)
+                dist.all_reduce(top, dist.ReduceOp.MAX)
+                out[name] = top.item()
+            else:
+                pair = torch.stack([value.sum(), torch.tensor(float(len(value)), dtype=torch.float64)])
+                dist.all_reduce(pair)
+                if pair[1] > 0:
+                    out[name] = (pair[0] / pair[1]).item()
+        return out
+
+    def log(self, step: int, metrics: dict, rollouts: list[dict] = ()) -> None:
+        """Write one line of metrics (reduced over ranks) with the seconds of each phase, and some rollouts."""
+        row = {"step": step, **self.reduce(metrics), **{f"time/{k}": v for k, v in self.times.items()}}
+        row["time/step"] = sum(self.times.values())
+        cuda = self.device.type == "cuda"
+        row["peak_gib"] = (torch.cuda.max_memory_allocated() / 2**10 if cuda else
+                           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
+        self.times = {}
+        if self.rank:
+            return
+        self.history.append(row)
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+        with open(self.folder / "rollouts.jsonl", "a") as f:
+            f.writelines(json.dumps({"step": step, **r}) + "\n" for r in rollouts)
+        if self.tracker:
+            self.tracker(row)
+        heldout = [r["heldout/pass@1"] for r in self.history if "heldout/pass@1" in r]
+        shown = {"reward": row.get("reward/mean"), "heldout": heldout[-1] if heldout else None,
+                 "tokens": row.get("length/mean"), "entropy": row.get("entropy")}
+        text = "  ".join(f"{k} {v:.3g}" for k, v in shown.items() if v is not None)
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(text)
+        elif step % 10 == 0 or "heldout/pass@1" in row:
+            print(f"step {step}  {text}  {row['time/step']:.2f} s", flush=True)
+
+    def show(self, tokenizer, prompt_ids: list[int], response_ids: list[int], note: str = "") -> None:
+        """Print one example as the model sees it: the prompt, then in brackets the tokens that the loss is on."""
+        self.say(f"{'─' * 30} first example {'─' * 30}\n{tokenizer.decode(prompt_ids)}\n"
+                 f"[loss: {len(response_ids)} tokens] ⟦{tokenizer.decode(response_ids)}⟧\n{note}\n{'─' * 75}")
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+    def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, tokenizer, **extra: Policy) -> None:
+        """Write the checkpoint of `step` finished steps: weights for Hugging Face, and all that a resume needs."""
+        final = self.folder / "checkpoints" / f"step_{step:06d}"
+        part = final.with_name(f"tmp-{final.name}")
+        dcp.save(training_state(policy, optimizer, extra), checkpoint_id=part / "state")
+        weights = {}
+        for name, tensor in full_weights(policy):
+            if self.rank == 0:
+                weights[name] = tensor.to("cpu", torch.bfloat16 if self.device.type == "cuda" else tensor.dtype)
+        if self.rank == 0:
+            policy.lm.save_pretrained(part, state_dict=weights)
+            tokenizer.save_pretrained(part)
+            trainer = {"step": step, "args": dataclasses.asdict(self.args)}
+            (part / "trainer.json").write_text(json.dumps(trainer, indent=1))
+            files = {str(f.relative_to(part)): checksum(f) for f in sorted(part.rglob("*")) if f.is_file()}
+            (part / "manifest.json").write_text(json.dumps(files, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
+            for old in sorted(final.parent.glob("step_*"))[: -self.args.keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def resume(self, policy: Policy, optimizer: torch.optim.Optimizer, **extra: Policy) -> int:
+        """Load what --resume names ("auto": this run's last checkpoint, if any). → the number of finished steps."""
+        if not self.args.resume:
+            return 0
+        if self.args.resume == "auto":
+            found = sorted((self.folder / "checkpoints").glob("step_*"))
+            if not found:
+                return 0
+            folder = found[-1]
+        else:
+            folder = Path(self.args.resume)
+            require((folder / "manifest.json").exists(), f"--resume {folder}: no manifest.json, so not a checkpoint")
+        for name, expected in json.loads((folder / "manifest.json").read_text()).items():
+            intact = (folder / name).exists() and checksum(folder / name) == expected
+            require(intact, f"checkpoint {folder} is damaged: {name} is missing or changed; remove that folder to "
+                            "resume from the one before it")
+        state = training_state(policy, optimizer, extra)
+        dcp.load(state, checkpoint_id=folder / "state")
+        set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
+        for name, model in extra.items():
+            model.load_state_dict(state[name])
+        step = json.loads((folder / "trainer.json").read_text())["step"]
+        if self.rank == 0:
+            for name in ("metrics.jsonl", "rollouts.jsonl"):  # what came after the checkpoint will come again
+                path = self.folder / name
+                lines = path.read_text().splitlines() if path.exists() else []
+                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+                path.write_text("".join(line + "\n" for line in kept))
+            self.history = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        self.say(f"resumed from {folder} after {step} steps")
+        return step
+
+    def begin(self, *notes: str) -> None:
+        if self.rank == 0:
+            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
+        for line in (f"{self.folder}: {self.world} process(es) on {self.device.type}", *notes):
+            self.say(line)
+
+    def finish(self, *closing) -> None:
+        """Draw the curves, close what is given, end the process group."""
+        if self.rank == 0 and self.history:
+            draw_curves(self.history, self.folder / "curves.png", title=self.folder.name)
+        self.say(f"done: {self.folder}")
+        dist.barrier()
+        for thing in closing:
+            thing.close()
+        if dist.is_initialized():  # a vLLM engine ends it itself
+            dist.destroy_process_group()
+
+
+def training_state(policy: Policy, optimizer: torch.optim.Optimizer, extra: dict[str, Policy]) -> dict:
+    weights, moments = get_state_dict(policy, optimizer)
+    return {"policy": weights, "optimizer": moments, **{name: model.state_dict() for name, model in extra.items()}}
+
+
+def checksum(path: Path) -> list[int]:
+    """[bytes, CRC-32] of a file."""
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return [path.stat().st_size, crc]
+
+
+def make_tracker(name: str, folder: Path, args) -> Callable[[dict], None] | None:
+    """A function that sends a row of metrics to TensorBoard, W&B or trackio, each imported only when asked for."""
+    if not name:
+        return None
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+            return lambda row: [writer.add_scalar(k, v, int(row["step"])) for k, v in row.items() if k != "step"]
+        module = __import__(name)
+    except ImportError:
+        raise SystemExit(f"error: --track {name}: the package is not installed; pip install {name}") from None
+    module.init(project="self-distillation", name=folder.name, config=dataclasses.asdict(args))
+    return lambda row: module.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+
+def draw_curves(history: list[dict], path: Path, title: str) -> None:
+    """One panel for each metric that a reader looks at first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("heldout/pass@1", "held-out pass@1"), ("reward/mean", "training reward"), ("entropy", "entropy (nats)"),
+              ("length/mean", "response length (tokens)"), ("grad_norm", "gradient norm"), ("time", "seconds a step")]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
+    for axis, (key, label) in zip(axes.flat, panels):
+        if key == "time":
+            rows = [r for r in history if "time/update" in r]
+            phases = [f"time/{k}" for k in ("sample", "verify", "score", "update", "sync")] if rows else []
+            axis.stackplot([r["step"] for r in rows], [[r.get(k, 0.0) for r in rows] for k in phases],
+                           labels=[k[5:] for k in phases])
+            axis.legend(fontsize=8, loc="upper right") if phases else axis.set_axis_off()
+        else:
+            rows = [(r["step"], r[key]) for r in history if key in r]
+            axis.plot(*zip(*rows), marker="o" if len(rows) < 30 else None) if rows else axis.set_axis_off()
+        axis.set(title=label, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes.flat[0].set_ylim(0, 1)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

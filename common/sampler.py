@@ -1,0 +1,260 @@
+"""Rollouts: token ids in, token ids and log-probabilities out.
+
+Two engines with one interface: `HFSampler` decodes with the model's own Hugging Face code, `VLLMSampler` with a vLLM
+engine inside this process. Either holds its own copy of the weights, which `load` replaces after each update; `rest`
+says that nothing will be sampled before the next `load`. Each rollout has its own stream of random numbers, a pure
+function of the seed, the question's place in the run and the sample's number: what is sampled does not depend on how
+the work was batched or split over ranks, and a resumed run needs no generator state.
+"""
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+
+@dataclass
+class Rollout:
+    """One response. The ids go to the loss as they are; text is for verifiers and people."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]  # end token included, unless truncated
+    logprobs: list[float]  # log-probabilities in the distribution that was sampled from, one a response token
+    finish_reason: str  # "stop" | "length"
+    text: str
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking: bool = False) -> list[int]:
+    """Token ids of a chat that the model is to answer. The same call makes the student's and the teacher's prompt."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking,
+                                         tokenize=True, return_dict=False)
+
+
+def make_sampler(args, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> HFSampler | VLLMSampler:
+    """The engine that --sampler names."""
+    if args.sampler == "hf":
+        return HFSampler(args.model, tokenizer, device, rows=args.sampler_rows)
+    return VLLMSampler(args.model, tokenizer, device, rows=args.sampler_rows, tensor_parallel=args.tensor_parallel,
+                       memory=args.vllm_memory)
+
+
+def end_tokens(lm_ends: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the model's (some have several) and the tokenizer's."""
+    ends = lm_ends if isinstance(lm_ends, list) else [lm_ends]
+    return sorted({e for e in [*ends, tokenizer.eos_token_id] if e is not None})
+
+
+def check_lengths(prompts: Sequence[list[int]], max_tokens: int, context: int) -> None:
+    for p in prompts:
+        if len(p) + max_tokens > context:
+            raise SystemExit(f"error: a prompt of {len(p)} tokens and --max_tokens {max_tokens} exceed the model's "
+                             f"context of {context}; lower --max_tokens or shorten the prompts")
+
+
+class HFSampler:
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, rows: int = 128):
+        """rows: how many rollouts decode at a time; the KV cache of that many must fit."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+        self.tokenizer, self.device, self.rows = tokenizer, device, rows
+        self.ends = end_tokens(self.lm.generation_config.eos_token_id, tokenizer)
+        self.context = self.lm.config.get_text_config().max_position_embeddings
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights, given as (Hugging Face name, tensor)."""
+        mine = dict(self.lm.named_parameters())
+        for name, tensor in weights:
+            mine.pop(name).copy_(tensor)
+        if mine:
+            raise ValueError(f"no new weights for {sorted(mine)}")
+
+    def rest(self) -> None:
+        """The weights stay where they are."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[list[int]], n: int, *, seed: tuple[int, ...], keys: Sequence[int],
+               max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> list[list[Rollout]]:
+        """n rollouts for every prompt. keys: a number for each prompt that names its random stream under `seed`.
+
+        temperature 0 is greedy. Raises SystemExit where a prompt leaves no room for `max_tokens` in the context.
+        """
+        check_lengths(prompts, max_tokens, self.context)
+        groups: list[list[Rollout]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: less padding
+        size = max(1, self.rows // n)  # prompts at a time
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            streams = [np.random.default_rng([*seed, keys[i], j]).random(max_tokens) for i in part for j in range(n)]
+            uniforms = torch.from_numpy(np.stack(streams))
+            ids, logps = self.decode([prompts[i] for i in part], n, uniforms, temperature, top_p, top_k)
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for row, text in enumerate(texts):
+                i = part[row // n]
+                finish = "stop" if ids[row][-1] in self.ends else "length"
+                groups[i].append(Rollout(prompts[i], ids[row], logps[row], finish, text))
+        return groups
+
+    def decode(self, prompts: list[list[int]], n: int, uniforms: Tensor, temperature: float, top_p: float,
+               top_k: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Decode n rows a prompt with `uniforms` [rows, max_tokens]. A prompt is read once; finished rows leave."""
+        device, steps = self.device, uniforms.shape[1]
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for b, p in enumerate(prompts):
+            ids[b, width - len(p) :] = torch.tensor(p)
+            mask[b, width - len(p) :] = 1
+        ids, mask, uniforms = ids.to(device), mask.to(device), uniforms.to(device)
+        cache = DynamicCache(config=self.lm.config)
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+        out = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                      logits_to_keep=1)
+        cache.batch_repeat_interleave(n)
+        logits, mask, positions = (x.repeat_interleave(n, 0) for x in (out.logits[:, -1], mask, positions[:, -1:]))
+        ends = torch.tensor(self.ends, device=device)
+        tokens = torch.zeros(len(uniforms), steps, dtype=torch.long, device=device)
+        logps = torch.zeros(len(uniforms), steps, device=device)
+        lengths = torch.full((len(uniforms),), steps, device=device)
+        rows = torch.arange(len(uniforms), device=device)  # which rollout each row of the batch is
+        done = torch.zeros_like(rows, dtype=torch.bool)
+        for t in range(steps):
+            token, logp = draw(logits.float(), uniforms[rows, t], temperature, top_p, top_k)
+            tokens[rows, t], logps[rows, t] = token, logp
+            ended = torch.isin(token, ends) & ~done
+            lengths[rows[ended]] = t + 1
+            done |= ended
+            alive = len(done) - int(done.sum())
+            if t + 1 == steps or alive == 0:
+                break
+            if alive <= 0.75 * len(done):  # finished rows leave, but not one by one: each move copies the cache
+                keep = (~done).nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, done, token, mask, positions = rows[keep], done[keep], token[keep], mask[keep], positions[keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+            positions = positions + 1
+            logits = self.lm(input_ids=token[:, None], attention_mask=mask, position_ids=positions,
+                             past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        cut = lambda x: [row[:k] for row, k in zip(x.tolist(), lengths.tolist())]
+        return cut(tokens), cut(logps)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """One token for each row of logits [B, V] by inversion of its cumulative distribution at uniform [B] in [0, 1).
+
+    → token [B] and its log-probability [B] in the distribution drawn from (after temperature, top-k and top-p).
+
+    >>> draw(torch.tensor([[0.0, 0.0]]), torch.tensor([0.6]), 1.0, 1.0, 0)
+    (tensor([1]), tensor([-0.6931]))
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(logits[:, 0])
+    logp = (logits / temperature).log_softmax(-1)
+    if top_k > 0:
+        logp = logp.masked_fill(logp < logp.topk(min(top_k, logp.shape[-1])).values[:, -1:], -torch.inf).log_softmax(-1)
+    if top_p < 1:
+        ranked, order = logp.sort(-1, descending=True)
+        before = ranked.exp().cumsum(-1) - ranked.exp()  # mass of the likelier tokens; the first is always kept
+        logp = logp.scatter(-1, order, ranked.masked_fill(before >= top_p, -torch.inf)).log_softmax(-1)
+    mass = logp.exp().cumsum(-1)
+    total = mass[:, -1]
+    target = torch.minimum(uniform.to(mass.dtype) * total, total.nextafter(torch.zeros_like(total)))  # below the end
+    token = torch.searchsorted(mass, target[:, None], right=True)  # the first with mass > target: its p is positive
+    return token[:, 0], logp.gather(-1, token)[:, 0]
+
+
+class GrowingLayer(DynamicLayer):
+    """The KV cache of a layer in a buffer with room to grow: a new token costs its own size, not a copy of the past."""
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values, self.room = keys, values, (keys, values)
+            return keys, values
+        past, total = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
+        if self.room[0].shape[-2] < total or self.room[0].shape[0] != self.keys.shape[0]:
+            shape = (*self.keys.shape[:2], total + max(32, total // 2), self.keys.shape[-1])
+            self.room = keys.new_empty(shape), values.new_empty(*shape[:-1], values.shape[-1])
+            self.room[0][:, :, :past], self.room[1][:, :, :past] = self.keys, self.values
+        self.room[0][:, :, past:total], self.room[1][:, :, past:total] = keys, values
+        self.keys, self.values = self.room[0][:, :, :total], self.room[1][:, :, :total]
+        return self.keys, self.values
+
+
+class VLLMSampler:
+    """A vLLM engine in this process, one for each rank (or for each group of `tensor_parallel` ranks)."""
+
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, rows: int = 128,
+                 tensor_parallel: int = 1, memory: float = 0.4, dtype: str = ""):
+        """rows: sequences that decode at a time; memory: share of the GPU's memory for weights and KV cache; dtype:
+        bfloat16 on CUDA and float32 on a CPU where it is not given."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's model stays in this process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            from vllm import LLM
+        except ImportError:
+            raise SystemExit("error: --sampler vllm: vLLM is not installed; pip install -r requirements-vllm.txt "
+                             "(CUDA) or requirements-vllm-cpu.txt, or take --sampler hf") from None
+        config = AutoConfig.from_pretrained(path)
+        self.context = config.get_text_config().max_position_embeddings
+        self.ends = end_tokens(GenerationConfig.from_pretrained(path).eos_token_id, tokenizer)
+        self.tokenizer, self.cuda, self.asleep = tokenizer, device.type == "cuda", False
+        self.llm = LLM(
+            model=path, dtype=dtype or ("bfloat16" if self.cuda else "float32"), tensor_parallel_size=tensor_parallel,
+            distributed_executor_backend="external_launcher" if "WORLD_SIZE" in os.environ else None,
+            seed=int(os.environ.get("RANK", 0)) // tensor_parallel, logprobs_mode="processed_logprobs",
+            max_num_seqs=rows, gpu_memory_utilization=memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda)
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights in place, one tensor at a time. Every rank calls, and none holds the whole model twice."""
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self.cuda:  # vLLM 0.32 on a CPU computes with a packed copy of the head, which a reload leaves as it was
+            self.llm.apply_model(lambda lm: lm.lm_head.quant_method.process_weights_after_loading(lm.lm_head))
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.asleep = False
+        self.llm.reset_prefix_cache()
+
+    def rest(self) -> None:
+        """Give the GPU's memory to the update. Weights are dropped, for `load` brings new ones."""
+        if self.cuda and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def close(self) -> None:
+        """End the engine and, with it, torch's process group."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def sample(self, prompts: Sequence[list[int]], n: int, *, seed: tuple[int, ...], keys: Sequence[int],
+               max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> list[list[Rollout]]:
+        """As HFSampler.sample: the same distribution and log-probabilities, other random numbers."""
+        from vllm import SamplingParams
+
+        check_lengths(prompts, max_tokens, self.context)
+        params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens,
+                                 stop_token_ids=self.ends, logprobs=0, detokenize=False,
+                                 seed=zlib.crc32(repr((*seed, key)).encode())) for key in keys]
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return [[self.rollout(prompt, sample) for sample in out.outputs] for prompt, out in zip(prompts, outputs)]
+
+    def rollout(self, prompt: list[int], sample) -> Rollout:
+        ids = list(sample.token_ids)
+        logprobs = [entry[token].logprob for entry, token in zip(sample.logprobs, ids)]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Rollout(prompt, ids, logprobs, "stop" if ids[-1] in self.ends else "length", text)

@@ -1,0 +1,259 @@
+"""The part of the sandbox that runs inside it: sandbox.py sends this file's code object to a fresh Python.
+
+`serve` is the process that holds an untrusted program; `drive` holds the tests and never sees the program. They talk
+through the parent. Start-up is most of the cost of a short program, so only what Python has loaded or built in is
+imported.
+
+    parent → serve   load (prelude, program, whether it is a script), call (name, args, kwargs)     as marshal data
+    serve → parent   value, error (text)                            as JSON, for the program is not to be trusted
+    parent → drive   job (setup, names, tests); value or error for each call
+    drive → parent   call, passed, failed (text), unfit (text: the test cannot be run), done
+"""
+import builtins
+import marshal
+import os
+import resource
+import sys
+from _json import encode_basestring_ascii as quote
+
+READY, LOAD, CALL, VALUE, ERROR, JOB, PASSED, FAILED, UNFIT, DONE = [bytes([c]) for c in b"rlcvejpfud"]
+MEMORY = 2**30  # bytes of address space, of each process
+PROCESSES = 8  # processes and threads of a program
+MAX_OUTPUT = 8 * 2**20  # bytes
+SHOWN = 250  # characters of a value in feedback
+
+
+def main(role: str, seconds: int, uid: int, unsafe: bool) -> None:
+    """Confine this process for good, then serve or drive. uid: whom to become, where this process is root."""
+    global requests, replies
+    with open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")  # where memory runs out, this goes first
+    requests, replies, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    if uid:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    for name, value in dict(AS=MEMORY, CPU=seconds, FSIZE=2**26, CORE=0).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    if not unsafe:  # it counts a user's processes: see sandbox.confined
+        resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
+    builtins.exit = builtins.quit = sys.exit  # python -S leaves them out, and programs use them
+    send(READY)
+    serve() if role == "serve" else drive()
+
+
+def send(kind: bytes, payload: bytes = b"") -> None:
+    data = memoryview(kind + len(payload).to_bytes(4, "little") + payload)
+    while data:
+        data = data[os.write(replies, data) :]
+
+
+def receive() -> tuple[bytes, bytes]:
+    def read(count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            part = os.read(requests, count - len(data))
+            if not part:
+                os._exit(0)  # the parent has gone
+            data += part
+        return data
+
+    head = read(5)
+    return head[:1], read(int.from_bytes(head[1:], "little"))
+
+
+def describe(error: BaseException) -> bytes:
+    """Type, message and line in the program."""
+    line, trace = getattr(error, "lineno", None), error.__traceback__
+    while trace:
+        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "program" else line
+        trace = trace.tb_next
+    message = f"{type(error).__name__}: {getattr(error, 'msg', error)}"[:SHOWN]
+    return (f"{message} (line {line})" if line else message).encode(errors="replace")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the untrusted side: a program, calls of its functions, runs of it as a script
+# ---------------------------------------------------------------------------------------------------------------------
+def serve() -> None:
+    here = os.getpid()
+    while True:
+        kind, payload = receive()
+        try:
+            if kind == LOAD:
+                prelude, program, script = marshal.loads(payload)
+                code, names, result = compile(program, "program", "exec"), new_module("program"), ""
+                if script:
+                    names["script"] = lambda text: run_script(code, text)
+                else:
+                    exec(prelude, names)
+                    exec(code, names)
+            else:
+                name, args, kwargs = marshal.loads(payload)
+                function = names[name] if name in names else getattr(names["Solution"](), name)
+                result = encode(function(*args, **kwargs))
+            send(VALUE, result.encode())
+        except BaseException as error:  # whatever the program raises, SystemExit too
+            if os.getpid() != here:
+                raise  # a script's own process: it ends as any script does
+            send(ERROR, describe(error))
+
+
+def new_module(name: str) -> dict:
+    """The namespace of a fresh module; dataclasses and pickle look it up by its name."""
+    sys.modules[name] = module = type(sys)(name)
+    return module.__dict__
+
+
+def run_script(code, text: str) -> str:
+    """What the program prints when it runs as a script, in a process of its own, with `text` on its stdin."""
+    files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
+    with open(files[0], "w", closefd=False) as f:
+        f.write(text)
+        f.seek(0)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        for fd, file in enumerate(files):
+            os.dup2(file, fd)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        try:
+            exec(code, new_module("__main__"))
+        except Exception as error:
+            os.write(2, describe(error))
+            os._exit(1)
+        sys.exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        os.killpg(child, 9)  # what it left running
+    except ProcessLookupError:
+        pass
+    printed, failure = os.pread(files[1], MAX_OUTPUT + 1, 0), os.pread(files[2], SHOWN, 0)
+    for file in files:
+        os.close(file)
+    if status or len(printed) > MAX_OUTPUT:
+        raise RuntimeError(failure.decode(errors="replace") or f"exit status {status}, {len(printed)} bytes printed")
+    return printed.decode(errors="replace")
+
+
+def encode(x) -> str:
+    """Plain data as JSON. What JSON lacks is {kind: …}; of any other object truth and text remain.
+
+    >>> encode((1, {"a": {2.5}}))
+    '{"tuple": [1,{"dict": [["a",{"set": [2.5]}]]}]}'
+    """
+    if x is None or isinstance(x, bool):
+        return {None: "null", True: "true", False: "false"}[x]
+    if isinstance(x, int):
+        return int.__repr__(x) if x.bit_length() < 10_000 else f'{{"int": "{int.__format__(x, "x")}"}}'
+    if isinstance(x, float):
+        return float.__repr__(x).replace("inf", "Infinity").replace("nan", "NaN")
+    if isinstance(x, str):
+        return quote(str.__str__(x))
+    if isinstance(x, (bytes, bytearray)):
+        return f'{{"bytes": "{x.hex()}"}}'
+    if isinstance(x, complex):
+        return f'{{"complex": [{encode(x.real)},{encode(x.imag)}]}}'
+    if isinstance(x, dict):
+        return f'{{"dict": [{",".join([f"[{encode(k)},{encode(v)}]" for k, v in x.items()])}]}}'
+    if not hasattr(type(x), "__iter__"):
+        return f'{{"object": [{encode(bool(x))},{quote(repr(x)[:SHOWN])}]}}'
+    kind = next((base.__name__ for base in (list, tuple, set, frozenset) if isinstance(x, base)), "iter")
+    items = f"[{','.join([encode(item) for item in x])}]"
+    return items if kind == "list" else f'{{"{kind}": {items}}}'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the trusted side: tests whose calls go to the other process
+# ---------------------------------------------------------------------------------------------------------------------
+class Other:
+    """A result that is not plain data. It equals nothing else."""
+
+    def __init__(self, truth_and_text):
+        self.truth, self.text = truth_and_text
+
+    def __bool__(self):
+        return self.truth is True
+
+    def __repr__(self):
+        return str(self.text)
+
+
+class Unfit(BaseException):
+    """A test that cannot be run this way."""
+
+
+KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "iter": iter, "object": Other,
+         "bytes": bytes.fromhex, "int": lambda text: int(text, 16), "complex": lambda parts: complex(*parts)}
+
+
+def decode(text: str | bytes):
+    """What `encode` wrote, as built-in types whatever the text says.
+
+    >>> decode(encode((1, {"a": {2.5}})))
+    (1, {'a': {2.5}})
+    """
+    import json  # `drive` has loaded it; the other side does without
+
+    def restore(tagged: dict):
+        [(kind, value)] = tagged.items()
+        return KINDS[kind](value)
+
+    return json.loads(text, object_hook=restore)
+
+
+def drive() -> None:
+    """One job after the other, each in a fork, so that no test meets another's leftovers."""
+    import json  # noqa: F401
+
+    while True:
+        kind, payload = receive()
+        if kind != JOB:
+            os._exit(1)  # an answer that a test did not live to read: it is from the program, and must not be loaded
+        child = os.fork()
+        if child == 0:
+            run_tests(*marshal.loads(payload))
+            os._exit(0)
+        os.waitpid(child, 0)
+        send(DONE)
+
+
+def run_tests(setup: str, names: list[str], tests: list[str]) -> None:
+    """Execute each test, with proxies of the untrusted program's functions under their names."""
+    last, returned = "", False  # the latest call, in words; whether any has returned
+
+    def proxy(name: str):
+        def call(*args, **kwargs):
+            nonlocal last, returned
+            shown = ", ".join([repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()])
+            last = f"{name}({shown[:SHOWN]})"
+            try:
+                send(CALL, marshal.dumps((name, args, kwargs)))
+            except ValueError:  # the test's fault, unless it passes on what the program returned
+                raise (RuntimeError if returned else Unfit)("an argument is not plain data") from None
+            kind, reply = receive()
+            if kind == ERROR:  # as a built-in exception of its name, for tests that expect one
+                error = vars(builtins).get(reply.partition(b":")[0].decode(errors="replace"))
+                last += f": {reply.decode(errors='replace')}"
+                raise (error if isinstance(error, type) and issubclass(error, Exception) else RuntimeError)(last)
+            returned, result = True, decode(reply)
+            last += f" returned {repr(result)[:SHOWN]}"
+            return result
+
+        return call
+
+    space = {"__name__": "tests"}
+    try:
+        exec(setup, space)
+        space |= {name: proxy(name) for name in names}
+        for test in tests:
+            last = ""
+            try:
+                exec(test, space)
+                send(PASSED)
+            except Exception as error:
+                send(FAILED, last.encode(errors="replace") or describe(error))
+    except BaseException as error:
+        send(UNFIT, f"{last or 'setup'}: ".encode(errors="replace") + describe(error))

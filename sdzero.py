@@ -1,0 +1,625 @@
+"""SD-Zero: Self-Distillation Zero (arXiv 2604.12002). One model writes, revises its own writing, and learns from that.
+
+Phase 1, Self-Revision Training (SRT). For a question x the model answers, y_init; a verifier says r ∈ {0, 1}; a control
+phrase P_r is appended in the same assistant turn, and the model goes on, y_rev. Traces whose y_rev is right are kept:
+
+    L_revision   = −Σ_t log π_θ(y_rev,t | x, y_init, P_r, y_rev,<t)                                           Eq. 1
+    L_generation = −Σ_t log π_θ(y'_t | x, y'_<t),   y' = [y_init, P_r, y_rev]                                  Eq. 2
+    L_SRT        = L_revision + L_generation   : one forward, token weights 1, 1 and 2                          Eq. 3
+
+Phase 2, self-distillation. Teacher: the reviser, frozen at θ_SRT, which has read the whole response y and P_r and is
+made to say y again; student: the generator that wrote y:
+
+    L_SD(θ) = E_{y ~ π_θ(·|x)} Σ_t KL( π_θ(· | x, y_<t) ‖ sg[π_SRT(· | x, y, P_r, y_<t)] )                     Eq. 4
+
+Nothing but the verifier's bit enters: no reference solution, no reward in a loss. --rounds 2 syncs the teacher
+(θ_SRT := θ) after each pass over the questions of phase 2: iterative self-evolution (§3.4).
+
+    python sdzero.py --demo                                        # both phases on the embedded model, four minutes
+    torchrun --nproc_per_node=4 sdzero.py                          # both phases, the paper's tables
+    torchrun --nproc_per_node=4 sdzero.py --phase srt              # phase 1 alone; its checkpoint then feeds
+    torchrun --nproc_per_node=4 sdzero.py --phase sd --model runs/NAME/checkpoints/step_N
+    torchrun --nproc_per_node=4 sdzero.py --phase srt --baseline rft    # the baselines at the same budget
+
+Paper and released code disagree on almost every knob; the default is the paper, and the released choice is a flag:
+--kl mixed --top_k 64 (teacher's, renormalised), --mean token, --srt_temperature 1.0 --srt_top_p 0.9. Left out on
+purpose: its two sequential SFT stages on disjoint traces and its clean-up of openings and repeated tails. The end token
+of the first copy of y is stripped, that of the second is kept and trained. Details: docs/sdzero.md.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.policy import Micro, blend, full_weights, load_policy, load_tokenizer, micro_batches, optimizer_step
+from common.run import Run, parse, require, within
+from common.sampler import Rollout, chat_ids, make_sampler
+from common.tasks import Problem, load_task, take
+from common.verifiers import Verdict, Verifier
+from kernels.head import Divergence, TokenStats, head_loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. settings
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    """SD-Zero. Defaults: the paper's tables for Qwen3-4B-Instruct; where text and tables differ, the tables."""
+
+    model: str = "Qwen/Qwen3-4B-Instruct-2507"
+    """folder or hub id of a causal LM with a chat template"""
+    task: str = "hf:open-r1/OpenR1-Math-220k"
+    """a named set (gsm8k, mbpp …), jsonl:FILE, hf:NAME[:CONFIG], gym:NAME, chain, or a mixture: 4*gsm8k+1*mbpp"""
+    data_dir: str = ""
+    """folder that named sets are read from; empty reads them from the hub"""
+    against: str = ""
+    """further evaluation sets, joined by commas: training questions that stand in one are removed"""
+    fields: str = ""
+    """names of the data's fields where they differ, e.g. question=prompt,answer=gold"""
+    instruction: str | None = None
+    """text added to every maths question; the default asks for \\boxed{}"""
+    heldout: int = 500
+    """problems set aside for evaluation, never trained on"""
+
+    # which part
+    phase: Literal["both", "srt", "sd"] = "both"
+    """both phases, self-revision training alone, or self-distillation alone from --model as it is"""
+    baseline: Literal["", "rft", "sft"] = ""
+    """phase 1 on other data: the model's own right answers (--inits 4 of each question), or the given solutions"""
+
+    # phase 1: self-revision training
+    srt_questions: int = 10000
+    """N1, questions of phase 1; phase 2 never sees them"""
+    inits: int = 1
+    """y_init for each question"""
+    revisions: int = 3
+    """y_rev for each y_init, right or wrong"""
+    kept_traces: int = 6000
+    """size of D_REVISION at most"""
+    wrong_share: float = 0.5
+    """share of traces whose y_init was wrong (not given in the paper)"""
+    per_question: int = 3
+    """traces of one question at most (not given in the paper)"""
+    srt_temperature: float = 0.7
+    """of sampling y_init and y_rev (released: 1.0)"""
+    srt_top_p: float = 1.0
+    """nucleus of that sampling (released: 0.9)"""
+    srt_max_tokens: int = 16384
+    """limit of y_init and of y_rev, in tokens"""
+    collect_batch: int = 256
+    """questions collected at a time; an interrupted collection goes on after the last complete batch"""
+    traces: str = ""
+    """a traces.jsonl of an earlier run, instead of collecting"""
+    terms: Literal["both", "generation", "revision"] = "both"
+    """terms of Eq. 3 (Table 11)"""
+    srt_epochs: int = 3
+    """passes over the traces (Table 4; Table 3 says 1)"""
+    srt_batch: int = 4
+    """traces an update, over all processes"""
+    srt_lr: float = 5e-6
+    """peak learning rate, cosine to 0 after the warm-up"""
+    srt_warmup: float = 0.05
+    """share of the updates of phase 1 that warm up"""
+    srt_weight_decay: float = 1e-4
+    """of AdamW (betas 0.9, 0.95)"""
+
+    # phase 2: self-distillation
+    sd_questions: int = 9000
+    """N2, questions of phase 2"""
+    rounds: int = 1
+    """passes over them; the teacher is synced between passes"""
+    kl: Literal["reverse", "forward", "mixed"] = "reverse"
+    """reverse: KL(student‖teacher), Eq. 4; forward: its opposite; mixed: the mean of both (released)"""
+    top_k: int = 0
+    """over the teacher's K likeliest tokens, both sides renormalised (released: 64); 0: the whole vocabulary"""
+    mean: Literal["sum", "token"] = "sum"
+    """in both phases: sums over tokens, mean over responses, as printed; or one mean over all tokens (released)"""
+    batch_size: int = 128
+    """questions a step, over all processes; one response each"""
+    max_tokens: int = 8192
+    """limit of a response, in tokens"""
+    temperature: float = 1.0
+    """of sampling; both sides of the KL are at the same temperature"""
+    top_p: float = 1.0
+    """nucleus of sampling"""
+    thinking: bool = False
+    """chat templates with a thinking mode: switch it on, for student and teacher alike"""
+    lr: float = 5e-6
+    """learning rate of AdamW, constant after the warm-up"""
+    warmup: int = 20
+    """steps of linear warm-up"""
+    weight_decay: float = 0.01
+    """of AdamW (betas 0.9, 0.999)"""
+    max_norm: float = 1.0
+    """gradient norm limit, both phases"""
+
+    # the machine
+    token_budget: int = 16384
+    """padded tokens in a forward pass of training"""
+    sampler: Literal["hf", "vllm"] = "hf"
+    """engine of the rollouts: the model's Hugging Face code, or vLLM inside each process"""
+    sampler_rows: int = 128
+    """rollouts that decode at a time; their KV cache must fit"""
+    tensor_parallel: int = 1
+    """--sampler vllm: ranks that share an engine"""
+    vllm_memory: float = 0.4
+    """--sampler vllm: share of the GPU's memory for its weights and KV cache"""
+    checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    workers: int = 4
+    """verdicts at a time"""
+    allow_unsafe_exec: bool = False
+    """run a model's programs without bubblewrap, with your own rights"""
+
+    # the run
+    seed: int = 0
+    """of data order and sampling"""
+    name: str = ""
+    """folder under --out; made up from the task and the seed where empty"""
+    out: str = "runs"
+    """where run folders go"""
+    resume: str = ""
+    """"auto": go on from this run's last checkpoint, if there is one; or a checkpoint folder"""
+    eval_every: int = 20
+    """steps between evaluations on the held-out problems"""
+    eval_samples: int = 1
+    """responses for each held-out problem"""
+    eval_only: bool = False
+    """evaluate --model and stop"""
+    save_every: int = 100
+    """steps between checkpoints; the last step is always saved"""
+    keep: int = 2
+    """checkpoints kept"""
+    track: Literal["", "tensorboard", "wandb", "trackio"] = ""
+    """also send metrics there"""
+    demo: bool = False
+    """the embedded model and task, small enough for a laptop: the overrides in DEMO"""
+
+
+DEMO = dict(model="assets/chain", task="chain", heldout=256, srt_questions=1024, kept_traces=1500, srt_max_tokens=64,
+            srt_temperature=1.0, srt_batch=32, srt_lr=3e-4, srt_epochs=2, sd_questions=2048, batch_size=64,
+            max_tokens=192, lr=1e-4, warmup=5, mean="token", eval_every=16, save_every=64)
+
+
+def presets(args: Args) -> dict:
+    return {**(DEMO if args.demo else {}), **(dict(inits=4, revisions=0) if args.baseline == "rft" else {})}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. the control phrase
+# ---------------------------------------------------------------------------------------------------------------------
+CONTROL = {0: "Wait, this response is not correct, let me start over.", 1: "Let me rephrase the above solution."}  # P_r
+
+
+def control_ids(tokenizer, r: int) -> list[int]:
+    """P_r as it stands inside the assistant's turn, a blank line before and after it, in token ids."""
+    return tokenizer.encode(f"\n\n{CONTROL[r]}\n\n", add_special_tokens=False)
+
+
+def reviser_prompt(rollout: Rollout, r: int, tokenizer, ends: list[int]) -> list[int]:
+    """x, y, P_r: what stands before y_rev in phase 1, and before the second copy of y in phase 2. The end token of y is
+    stripped: the turn goes on."""
+    y = rollout.response_ids[:-1] if rollout.response_ids[-1] in ends else rollout.response_ids
+    return [*rollout.prompt_ids, *y, *control_ids(tokenizer, r)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. phase 1: traces
+# ---------------------------------------------------------------------------------------------------------------------
+class Trace(NamedTuple):
+    """One line of traces.jsonl: token ids of the question and of what the model wrote, the verdicts, and the text."""
+
+    id: str
+    r: int  # verdict on y_init
+    right: bool  # verdict on y_rev (of rft: on the response)
+    prompt_ids: list[int]
+    init_ids: list[int]  # y_init without its end token; empty in the baselines
+    control_ids: list[int]  # P_r; empty in the baselines
+    revised_ids: list[int]  # y_rev, end token included
+    text: str
+
+
+def select(traces: list[Trace], args: Args) -> list[Trace]:
+    """D_REVISION: traces whose revision is right, without repetitions, at most --per_question of a question, and at
+    most --kept_traces, of which --wrong_share started wrong (fewer where there are not enough).
+
+    The paper keeps 6,000 of about 40,000 generations and says neither the mix nor the cap.
+    """
+    chosen: dict[int, list[Trace]] = {0: [], 1: []}
+    count: dict[str, int] = {}
+    seen: set[tuple] = set()
+    for t in traces:
+        key = (t.id, tuple(t.init_ids), tuple(t.revised_ids))
+        if t.right and key not in seen and count.get(t.id, 0) < args.per_question:
+            seen.add(key)
+            count[t.id] = count.get(t.id, 0) + 1
+            chosen[t.r].append(t)
+    if args.baseline:
+        return (chosen[0] + chosen[1])[: args.kept_traces]
+    wrong = min(len(chosen[0]), round(args.kept_traces * args.wrong_share))
+    fitting = wrong * (1 - args.wrong_share) / args.wrong_share if args.wrong_share > 0 else args.kept_traces
+    return chosen[0][:wrong] + chosen[1][: min(round(fitting), args.kept_traces - wrong)]
+
+
+def trace_weights(trace: Trace, terms: str) -> list[float]:
+    """Eq. 1 to 3 as the weight of each token of [y_init, P_r, y_rev]: generation counts all of them, revision the last
+    part; an end token belongs to its part."""
+    generation, revision = float(terms != "revision"), float(terms != "generation")
+    before = len(trace.init_ids) + len(trace.control_ids)
+    if not before:  # a baseline: there is one term
+        return [1.0] * len(trace.revised_ids)
+    return [generation] * before + [generation + revision] * len(trace.revised_ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. the loss
+# ---------------------------------------------------------------------------------------------------------------------
+class Tokens(NamedTuple):
+    """What the losses need to know of each response token, [T]."""
+
+    weight: Tensor  # its share in the batch's mean; in phase 1 times its weight in Eq. 3
+
+
+def srt_loss(token: TokenStats, batch: Tokens) -> Tensor:
+    """The loss of each token [T]; their sum is L_SRT (Eq. 3) of the batch."""
+    return -batch.weight * token.logp
+
+
+def divergence(args: Args) -> Divergence:
+    """Between student p and teacher q."""
+    kind = {"reverse": "reverse_kl", "forward": "forward_kl", "mixed": "mixed_kl"}[args.kl]  # mixed: ½ of each
+    return Divergence(kind, beta=0.5, top_k=args.top_k, support="teacher", tail=False)
+
+
+def loss(token: TokenStats, batch: Tokens) -> Tensor:
+    """The loss of each token [T]; their sum is L_SD (Eq. 4) of the batch. The teacher's side carries no gradient."""
+    return batch.weight * token.kl
+
+
+def token_share(lengths: list[int], mean: str) -> float:
+    """The share of each token in the batch's mean, counted over all ranks: 1/responses as printed, or 1/tokens."""
+    count = torch.tensor(float(len(lengths) if mean == "sum" else sum(lengths)), dtype=torch.float64)
+    dist.all_reduce(count)
+    return 1.0 / max(1.0, count.item())
+
+
+def srt_lr(update: int, updates: int, args: Args) -> float:
+    """Linear warm-up over the first --srt_warmup of the updates, then a half cosine to 0."""
+    warm = max(1, round(args.srt_warmup * updates))
+    if update < warm:
+        return args.srt_lr * (update + 1) / warm
+    return args.srt_lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. the loop
+# ---------------------------------------------------------------------------------------------------------------------
+class Group(NamedTuple):
+    """A question, its G responses and their verdicts."""
+
+    problem: Problem
+    rollouts: list[Rollout]
+    verdicts: list[Verdict]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the rewards differ; where they do not, every advantage is 0."""
+        return len({v.reward for v in self.verdicts}) > 1
+
+
+def main(args: Args) -> None:
+    within(args, srt_questions=(1, 1e9), inits=(1, 1e3), revisions=(0, 1e3), kept_traces=(1, 1e9), wrong_share=(0, 1),
+           per_question=(1, 1e3), srt_temperature=(0.01, 9), srt_top_p=(0.01, 1), srt_max_tokens=(1, 1e6),
+           top_k=(0, 1e6), collect_batch=(1, 1e6), srt_epochs=(1, 1e3), srt_batch=(1, 1e6), srt_lr=(0, 1),
+           srt_warmup=(0, 1), srt_weight_decay=(0, 1), sd_questions=(1, 1e9), rounds=(1, 1e3))
+    require(not args.baseline or args.phase == "srt", f"--baseline {args.baseline} replaces phase 1: add --phase srt")
+    run = Run(args, f"sdzero-{args.baseline or args.phase}")
+    for size in ("batch_size", "srt_batch"):
+        require(getattr(args, size) % run.world == 0, f"--{size} {getattr(args, size)} does not divide into "
+                f"{run.world} process(es)")
+    task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
+                     data_dir=args.data_dir, against=args.against)
+    require(args.srt_questions + args.sd_questions <= len(task.train), "the phases must not share a question: lower "
+            f"--srt_questions {args.srt_questions} or --sd_questions {args.sd_questions}; there are {len(task.train)}")
+    srt_problems = task.train[: args.srt_questions]
+    sd_problems = task.train[args.srt_questions : args.srt_questions + args.sd_questions]
+    tokenizer = load_tokenizer(args.model)
+    policy = load_policy(args.model, run.device, checkpointing=args.checkpointing)
+    teacher = load_policy(args.model, run.device).requires_grad_(False)  # becomes θ_SRT when phase 2 begins
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, fused=True)
+    sampler = make_sampler(args, tokenizer, run.device)
+    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
+    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    require(args.phase == "srt" or 2 * args.max_tokens < sampler.context, f"--max_tokens {args.max_tokens}: the "
+            f"teacher reads a response twice, and the model's context is {sampler.context} tokens")
+    run.begin(*task.notes)
+    first_step = run.resume(policy, optimizer, teacher=teacher)
+    sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's
+
+    def judged(problems: list[Problem], prompts: list[list[int]], n: int, seed: tuple[int, ...], keys, max_tokens: int,
+               temperature: float, top_p: float) -> list[Group]:
+        """n responses to each prompt and their verdicts; of a response that revises itself the last part counts."""
+        with run.timer("sample"):
+            groups = sampler.sample(prompts, n, seed=seed, keys=keys, max_tokens=max_tokens, temperature=temperature,
+                                    top_p=top_p)
+        with run.timer("verify"):
+            verdicts = verifier([p for p in problems for _ in range(n)], [o.text for g in groups for o in g])
+        return [Group(p, g, verdicts[i * n : i * n + n]) for i, (p, g) in enumerate(zip(problems, groups))]
+
+    def chats(problems: list[Problem]) -> list[list[int]]:
+        return [chat_ids(tokenizer, p.messages, args.thinking) for p in problems]
+
+    def evaluate() -> dict:
+        """Held-out problems, each rank every world-th: a first attempt, then its revision (generate-then-revise)."""
+        sampler.load(full_weights(policy))
+        mine = range(run.rank, len(task.heldout), run.world)
+        problems, options = [task.heldout[i] for i in mine], (args.max_tokens, args.temperature, args.top_p)
+        with run.timer("evaluate"):
+            first = judged(problems, chats(problems), 1, (args.seed, 1), mine, *options)
+            fits = [g for g in first if len(g.rollouts[0].prompt_ids) + 2 * args.max_tokens + 32 <= sampler.context]
+            again = [reviser_prompt(g.rollouts[0], int(g.verdicts[0].reward), tokenizer, sampler.ends) for g in fits]
+            second = judged([g.problem for g in fits], again, 1, (args.seed, 2), mine, *options) if fits else []
+        r1, r2 = ([g.verdicts[0].reward for g in groups] for groups in (fits, second))
+        return {"heldout/pass@1": [g.verdicts[0].reward for g in first], "revise/pass@1": r2,
+                "heldout/length": [len(g.rollouts[0].response_ids) for g in first],
+                "revise/corrected": [b for a, b in zip(r1, r2) if a < 1],  # of wrong first attempts
+                "revise/kept": [b for a, b in zip(r1, r2) if a == 1],  # of right ones
+                "heldout/keyword_rate": [speaks_of_revision(g.rollouts[0].text) for g in first]}
+
+    def collect(path: Path) -> list[Trace]:
+        """Phase 1's traces: read from `path` as far as they stand there, sampled and appended batch by batch after."""
+        batches = range(0, len(srt_problems), args.collect_batch)
+        _, done, size = read_traces(path)
+        if run.rank == 0 and path.exists():
+            os.truncate(path, size)  # what an interrupted batch left behind
+        for b in batches[len(done) :]:
+            mine = range(b + run.rank, min(b + args.collect_batch, len(srt_problems)), run.world)
+            traces, spent = collect_batch([srt_problems[i] for i in mine], mine)
+            parts: list = [None] * run.world
+            dist.all_gather_object(parts, (traces, spent))
+            if run.rank == 0:
+                lines = [json.dumps(t._asdict()) for part, _ in parts for t in part]
+                total = {k: sum(s[k] for _, s in parts) for k in ("generations", "sampled_tokens")}
+                with open(path, "a") as f:  # the last line says that the batch is whole
+                    f.write("\n".join([*lines, json.dumps({"batch": b, **total})]) + "\n")
+                run.say(f"traces: {b + args.collect_batch} of {len(srt_problems)} questions")
+        dist.barrier()
+        return read_traces(path)[0]
+
+    def collect_batch(problems: list[Problem], keys: range) -> tuple[list[Trace], dict[str, int]]:
+        if args.baseline == "sft":
+            for p in problems:
+                require(p.solution is not None, f"--baseline sft: problem {p.id} has no solution to train on")
+            ids = [tokenizer.encode(p.solution, add_special_tokens=False) for p in problems]
+            traces = [Trace(p.id, 1, True, prompt, [], [], [*solution, tokenizer.eos_token_id], p.solution)
+                      for p, prompt, solution in zip(problems, chats(problems), ids)]
+            return traces, {"generations": 0, "sampled_tokens": 0}
+        options = (args.srt_max_tokens, args.srt_temperature, args.srt_top_p)
+        first = judged(problems, chats(problems), args.inits, (args.seed, 3), keys, *options)
+        inits = [(g.problem, o, int(v.reward == 1)) for g in first for o, v in zip(g.rollouts, g.verdicts)]
+        spent = [len(o.response_ids) for _, o, _ in inits]
+        if args.baseline == "rft":
+            traces = [Trace(p.id, r, r == 1, o.prompt_ids, [], [], o.response_ids, o.text) for p, o, r in inits]
+        else:
+            again = [reviser_prompt(o, r, tokenizer, sampler.ends) for _, o, r in inits]
+            names = [key * args.inits + k for key in keys for k in range(args.inits)]
+            second = judged([p for p, _, _ in inits], again, args.revisions, (args.seed, 4), names, *options)
+            traces = []
+            for (p, o, r), prompt, g in zip(inits, again, second):
+                control = control_ids(tokenizer, r)
+                y = prompt[len(o.prompt_ids) : len(prompt) - len(control)]
+                for new, v in zip(g.rollouts, g.verdicts):
+                    spent.append(len(new.response_ids))
+                    traces.append(Trace(p.id, r, v.reward == 1 and not new.truncated, o.prompt_ids, y, control,
+                                        new.response_ids, f"{o.text}\n\n{CONTROL[r]}\n\n{new.text}"))
+        return traces, {"generations": len(spent), "sampled_tokens": sum(spent)}
+
+    traces: list[Trace] = []
+    if args.phase != "sd" and not args.eval_only:
+        path = Path(args.traces) if args.traces else run.folder / "traces.jsonl"
+        require(not args.traces or path.is_file(), f"--traces {args.traces}: no such file")
+        found = read_traces(path)[0] if args.traces else collect(path)
+        traces = select(found, args)
+        wrong = sum(t.r == 0 for t in traces)
+        run.say(f"kept {len(traces)} of {len(found)} traces; y_init was wrong in {wrong}")
+        require(len(traces) > 0, "no revision passed the verifier, so there is nothing to train on: raise "
+                "--srt_questions or --revisions, take easier problems, or start from a stronger model")
+    updates = -(-len(traces) * args.srt_epochs // args.srt_batch)
+    a_round = len(sd_problems) // args.batch_size if args.phase != "srt" else 0
+    require(args.phase == "srt" or a_round > 0, f"--batch_size {args.batch_size} is more than --sd_questions")
+    last_step = updates + args.rounds * a_round
+
+    if args.eval_only:
+        run.log(first_step, evaluate())
+        return run.finish(sampler, verifier)
+
+    def train_on_traces(step: int, metrics: dict) -> None:
+        """One update of phase 1 (Eq. 3)."""
+        optimizer.param_groups[0].update(betas=(0.9, 0.95), weight_decay=args.srt_weight_decay)
+        share = args.srt_batch // run.world
+        batch = take(traces, args.seed, (step * run.world + run.rank) * share, share)
+        weights = [trace_weights(t, args.terms) for t in batch]
+        per_token = token_share([sum(w > 0 for w in each) for each in weights], args.mean)
+        sampler.rest()
+        with run.timer("update"):
+            losses = []
+            prompts = [t.prompt_ids for t in batch]
+            responses = [t.init_ids + t.control_ids + t.revised_ids for t in batch]
+            for micro in micro_batches(prompts, responses, range(share), args.token_budget, run.device):
+                tokens = Tokens(weight=micro.gather(weights) * per_token)
+                total, _ = policy(micro, lambda hidden, weight: head_loss(
+                    srt_loss, hidden, weight, micro.targets, tokens))
+                (total * run.world).backward()  # FSDP averages over ranks; the weights are already global
+                losses.append(total.item())
+            metrics["lr"] = srt_lr(step, updates, args)
+            metrics["grad_norm"] = optimizer_step(policy, optimizer, metrics["lr"], args.max_norm)
+        trained = sum(map(len, responses))
+        metrics |= {"srt/loss": sum(losses) * run.world, "budget/loss_tokens": trained * run.world}
+
+    def distil(step: int, metrics: dict) -> list[Group]:
+        """One step of phase 2 (Eq. 4); step counts from its beginning."""
+        if step % a_round == 0:  # θ_SRT at the beginning; with more rounds, the teacher is synced
+            blend(teacher, policy, 1.0)
+            if step == 0:
+                optimizer.state.clear()
+                sampler.load(full_weights(policy))
+        optimizer.param_groups[0].update(betas=(0.9, 0.999), weight_decay=args.weight_decay)
+        share = args.batch_size // run.world
+        place = step // a_round * len(sd_problems) + step % a_round * args.batch_size + run.rank * share
+        problems = take(sd_problems, args.seed, place, share)
+        groups = judged(problems, chats(problems), 1, (args.seed, 5), range(place, place + share), args.max_tokens,
+                        args.temperature, args.top_p)
+        rollouts, r = [g.rollouts[0] for g in groups], [int(g.verdicts[0].reward == 1) for g in groups]
+        prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
+        teacher_prompts = [reviser_prompt(o, k, tokenizer, sampler.ends) for o, k in zip(rollouts, r)]
+        for g, p, y in zip(groups, teacher_prompts, responses):
+            require(len(p) + len(y) <= sampler.context, f"problem {g.problem.id}: the teacher reads the response "
+                    f"twice, {len(p) + len(y)} tokens; the model's context is {sampler.context}; lower --max_tokens")
+        per_token = token_share([len(y) for y in responses], args.mean)
+        sampler.rest()
+        with run.timer("update"):
+            collected: dict[str, list[Tensor]] = {}
+            for micro in micro_batches(teacher_prompts, responses, range(share), args.token_budget, run.device):
+                with torch.no_grad():
+                    seen = teacher(micro, lambda hidden, weight: (hidden, weight))
+                student = micro.behind(prompts, responses)
+                batch = Tokens(weight=torch.full_like(micro.targets, per_token, dtype=torch.float32))
+                total, stats = policy(student, head(student, batch, seen, args))
+                (total * run.world).backward()
+                for name, value in diagnostics(stats, micro.spread(r)).items():
+                    collected.setdefault(name, []).append(value)
+                for row, kl in zip(micro.rows, stats.kl.cpu().split(micro.lengths)):
+                    if len(curves[r[row]]) < 200 and len(kl) >= 20:
+                        curves[r[row]].append(localisation(kl))
+            metrics["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+            metrics["grad_norm"] = optimizer_step(policy, optimizer, metrics["lr"], args.max_norm)
+        with run.timer("sync"):
+            sampler.load(full_weights(policy))
+        lengths = [len(y) for y in responses]
+        metrics |= {"reward/mean": [v.reward for g in groups for v in g.verdicts], "length/mean": lengths,
+                    "length/max": lengths, "frac_truncated": [o.truncated for o in rollouts],
+                    "budget/generations": args.batch_size, "budget/sampled_tokens": sum(lengths) * run.world,
+                    "budget/loss_tokens": 2 * sum(lengths) * run.world,  # student and teacher
+                    **{name: torch.cat(parts) for name, parts in collected.items()}}
+        return groups
+
+    curves: dict[int, list[list[float]]] = {0: [], 1: []}  # of the first responses of phase 2, by verdict
+    for step in run.steps(first_step, last_step):
+        metrics: dict = evaluate() if step % args.eval_every == 0 or step == updates else {}
+        metrics["phase"] = 1 if step < updates else 2
+        groups: list[Group] = []
+        if step < updates:
+            train_on_traces(step, metrics)
+        else:
+            groups = distil(step - updates, metrics)
+        run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
+                                     feedback=v.feedback) for g in groups[:8] for o, v in zip(g.rollouts, g.verdicts)])
+        if (step + 1) % args.save_every == 0 or step + 1 in (updates, last_step):
+            run.save(step + 1, policy, optimizer, tokenizer, teacher=teacher)
+
+    run.log(last_step, evaluate())
+    if run.rank == 0:
+        if any(curves.values()):
+            (run.folder / "self_localisation.json").write_text(json.dumps(curves))
+            draw_localisation(curves, run.folder / "self_localisation.png")
+        run.say(budget_table(run.history, read_traces(run.folder / "traces.jsonl")[1], updates, last_step))
+    run.finish(sampler, verifier)
+
+
+def head(micro: Micro, batch: Tokens, seen: tuple[Tensor, Tensor], args: Args):
+    """What the policy does with hidden states [T, D] and the head's weight [V, D], given what the teacher saw at the
+    second copy of the same tokens: its hidden states [T, D] and its head. → (loss, TokenStats)."""
+    return lambda hidden, weight: head_loss(loss, hidden, weight, micro.targets, batch, *seen,
+                                            divergence=divergence(args), temperature=args.temperature)
+
+
+def diagnostics(token: TokenStats, r: Tensor) -> dict[str, Tensor]:
+    """Per-token metrics of phase 2 [T]; r [T] is the verdict on the token's response. teacher/copies is how often the
+    teacher's likeliest token is the one it has just read: targets that a mere copy of the first y would give."""
+    right, wrong = r == 1, r == 0
+    return {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy, "kl": token.kl,
+            "kl/right": token.kl[right], "kl/wrong": token.kl[wrong],
+            "teacher/copies_right": token.teacher_greedy[right], "teacher/copies_wrong": token.teacher_greedy[wrong]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. traces on disk, and what the paper reports
+# ---------------------------------------------------------------------------------------------------------------------
+def read_traces(path: Path) -> tuple[list[Trace], list[dict], int]:
+    """The traces of the whole batches in a file, the lines that close them, and the bytes up to the last of those."""
+    traces, batches, pending, size, position = [], [], [], 0, 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+        if not line.endswith(b"\n"):  # a kill in the middle of a line
+            break
+        position += len(line)
+        row = json.loads(line)
+        if "batch" in row:
+            traces, batches, pending, size = traces + pending, [*batches, row], [], position
+        else:
+            pending.append(Trace(**row))
+    return traces, batches, size
+
+
+KEYWORDS = ("wait", "hold on", "actually", "let me re", "my mistake", "this is wrong", "not correct", "start over")
+
+
+def speaks_of_revision(text: str) -> bool:
+    """Whether a response holds a phrase of self-revision (the paper counts 27 such words; a proxy)."""
+    return any(word in text.lower() for word in KEYWORDS)
+
+
+def localisation(kl: Tensor, buckets: int = 20) -> list[float]:
+    """Fig. 4: the per-token KL of one response [|y|], sorted from large to small, as the mean of `buckets` equal parts.
+
+    >>> localisation(torch.tensor([0.0, 4.0, 2.0, 2.0]), buckets=2)
+    [3.0, 1.0]
+    """
+    return [part.mean().item() for part in kl.sort(descending=True).values.tensor_split(buckets)]
+
+
+def draw_localisation(curves: dict[int, list[list[float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for r, name in ((0, "wrong (r = 0)"), (1, "right (r = 1)")):
+        if curves[r]:
+            mean = torch.tensor(curves[r]).mean(0)
+            axis.plot(range(1, len(mean) + 1), mean, marker="o", label=f"{name}, {len(curves[r])} responses")
+    axis.set(xlabel="tokens of a response in 20 parts, by falling KL", ylabel="mean KL(student‖teacher), nats",
+             title="self-localisation", yscale="log")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def budget_table(history: list[dict], batches: list[dict], updates: int, last_step: int) -> str:
+    """The paper's budget (App. C.2) for this run: what each phase sampled and put through a loss, and its outcome."""
+    scores = {r["step"]: r["heldout/pass@1"] for r in history if "heldout/pass@1" in r}
+    score = lambda step: scores.get(step, math.nan)
+    collected = [sum(b[k] for b in batches) for k in ("generations", "sampled_tokens")]
+    rows = [("start", 0, 0, 0, score(0))]
+    if updates:
+        trained = sum(r.get("budget/loss_tokens", 0) for r in history if r["step"] < updates)
+        rows.append(("SRT", *collected, trained, score(updates)))
+    if last_step > updates:
+        spent = [sum(r.get(f"budget/{k}", 0) for r in history if r["step"] >= updates)
+                 for k in ("generations", "sampled_tokens", "loss_tokens")]
+        rows.append(("SRT + SD" if updates else "SD only", *spent, score(last_step)))
+    lines = [f"{'':9s} {'generations':>12s} {'sampled tokens':>15s} {'loss tokens':>12s} {'held-out pass@1':>16s}"]
+    return "\n".join(lines + [f"{n:9s} {int(g):12,d} {int(t):15,d} {int(x):12,d} {p:16.3f}" for n, g, t, x, p in rows])
+
+
+if __name__ == "__main__":
+    main(parse(Args, presets))

@@ -1,0 +1,302 @@
+"""hsd.py's formulas against float64 brute force, its peers by enumeration, its measurements by hand."""
+import itertools
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+from conftest import CHAIN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_run import assert_same_run, metrics
+
+import hsd
+from common.run import parse
+from common.sampler import Rollout
+from common.tasks import Problem
+from common.verifiers import Verdict
+from kernels.head import head_loss
+
+V, D = 9, 4
+f64 = dict(dtype=torch.float64)
+
+
+def make_batch(seed: int, responses: int = 6):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 6, (responses,), generator=g)
+    T = int(lengths.sum())
+    normal = lambda *shape: torch.randn(*shape, generator=g, **f64)
+    b = dict(lengths=lengths, hidden=normal(T, D), weight=normal(V, D), A=normal(responses), ref=0.3 * normal(T),
+             targets=torch.randint(0, V, (T,), generator=g), teacher_hidden=normal(T, D), teacher_weight=normal(V, D),
+             kept=torch.rand(responses, generator=g) < 0.7)
+    b["kept"][0] = True
+    return b
+
+
+def brute_force(b, args: hsd.Args):
+    """J of Eq. 10 with its gradients, every sum over rollouts, tokens and vocabulary written out."""
+    hidden, weight = b["hidden"].clone().requires_grad_(), b["weight"].clone().requires_grad_()
+    logp = torch.log_softmax(hidden @ weight.T / args.temperature, -1)
+    logq = torch.log_softmax(b["teacher_hidden"] @ b["teacher_weight"].T / args.temperature, -1)
+    J, t, kept = torch.zeros((), **f64), 0, int(b["kept"].sum())
+    for i, n in enumerate(b["lengths"].tolist()):
+        for u in range(t, t + n):
+            if not b["kept"][i]:
+                continue
+            L = torch.zeros((), **f64)
+            for v in range(V):
+                p, q = logp[u, v].exp(), logq[u, v].exp()
+                if args.kl == "forward":
+                    term = q * (logq[u, v] - logp[u, v])
+                    L = L + (torch.clamp(term, max=args.entry_clip) if args.entry_clip else term)
+                elif args.kl == "reverse":
+                    L = L + p * (logp[u, v] - logq[u, v])
+                else:
+                    m = ((p + q) / 2).log()
+                    L = L + 0.5 * q * (logq[u, v] - m) + 0.5 * p * (logp[u, v] - m)
+            y = b["targets"][u]
+            if args.grpo_mix:
+                rho = torch.exp(logp[u, y] - float(logp[u, y].detach()))
+                L = (1 - args.grpo_mix) * L - args.grpo_mix * rho * float(b["A"][i])
+            if args.beta:
+                L = L + args.beta * 0.5 * (logp[u, y] - float(logp[u, y].detach()) - b["ref"][u]) ** 2
+            J = J + L / n / kept
+        t += n
+    J.backward()
+    return J.detach(), hidden.grad, weight.grad
+
+
+def ours(b, args: hsd.Args):
+    hidden, weight = b["hidden"].clone().requires_grad_(), b["weight"].clone().requires_grad_()
+    each = lambda x: x.double().repeat_interleave(b["lengths"])
+    w = hsd.token_weights(b["lengths"][None].double(), b["kept"][None])[0]
+    logp = torch.log_softmax(b["hidden"] @ b["weight"].T / args.temperature, -1).gather(1, b["targets"][:, None])[:, 0]
+    batch = hsd.Tokens(weight=each(w), advantage=each(b["A"]), sampler_logp=logp,
+                       ref_logp=logp + b["ref"] if args.beta else None)
+    total, _ = head_loss(lambda s, c: hsd.loss(s, c, args), hidden, weight, b["targets"], batch, b["teacher_hidden"],
+                             b["teacher_weight"], divergence=hsd.divergence(args), temperature=args.temperature)
+    total.backward()
+    return total.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("flags", [{}, {"kl": "reverse"}, {"kl": "jsd"}, {"entry_clip": 0.05}, {"grpo_mix": 0.5},
+                                   {"beta": 0.0, "temperature": 1.1}, {"beta": 0.1, "grpo_mix": 0.25}], ids=str)
+def test_loss_and_gradient_equal_brute_force(flags, one_process):
+    for seed in range(3):
+        b, args = make_batch(seed), hsd.Args(**flags)
+        for got, expected in zip(ours(b, args), brute_force(b, args)):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_gradient_on_the_students_logits_is_student_minus_teacher():
+    """Eq. 13 with the teacher detached is cross-entropy to the teacher: ∂L/∂z = π − π_c (a head that is the identity
+    makes the hidden states the logits)."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(5, V, generator=g, requires_grad=True, **f64)
+    teacher = torch.randn(5, V, generator=g, **f64)
+    one = torch.eye(V, **f64)
+    batch = hsd.Tokens(torch.ones(5, **f64), torch.zeros(5, **f64), torch.zeros(5, **f64), None)
+    total, _ = head_loss(lambda s, c: hsd.loss(s, c, hsd.Args(beta=0.0)), z, one, torch.zeros(5, dtype=torch.long), batch,
+                         teacher, one, divergence=hsd.divergence(hsd.Args()))
+    total.backward()
+    torch.testing.assert_close(z.grad, z.detach().softmax(-1) - teacher.softmax(-1), rtol=1e-10, atol=1e-12)
+
+
+def test_k2s_gradient_is_that_of_the_kl_to_the_reference():
+    """E_{y~π}[∇k2] = ∇KL(π‖π_0), enumerated: the direction that the paper names."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(5, generator=g, requires_grad=True, **f64)
+    ref = torch.log_softmax(torch.randn(5, generator=g, **f64), -1)
+    logp = torch.log_softmax(z, -1)
+    got, = torch.autograd.grad((logp.exp().detach() * hsd.k2(logp, ref)).sum(), z, retain_graph=True)
+    expected, = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), z)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.sampled_from(["uniform", "shortest", "low_ppl", "high_ppl"]),
+       st.integers(0, 1000))
+@settings(deadline=None)
+def test_a_peer_is_another_successful_rollout_or_none(rewards, how, seed):
+    lengths, logprobs = [len(rewards) - i for i in range(len(rewards))], [-0.1 * i for i in range(len(rewards))]
+    peers = hsd.choose_peers(rewards, lengths, logprobs, how, random.Random(seed))
+    for i, j in enumerate(peers):
+        others = [k for k, r in enumerate(rewards) if r == 1 and k != i]
+        assert (j is None) == (not others)
+        if j is not None:
+            assert j != i and rewards[j] == 1
+            if how in ("shortest", "high_ppl"):  # both fall with the index here
+                assert j == max(others)
+            if how == "low_ppl":
+                assert j == min(others)
+
+
+def test_peers_are_uniform():
+    """χ² over 6,000 draws among four others; 16.27 is the 0.1 % point of three degrees of freedom."""
+    rng, counts = random.Random(0), Counter()
+    for _ in range(6000):
+        counts[hsd.choose_peers([1, 1, 0, 1, 1, 1], [1] * 6, [0.0] * 6, "uniform", rng)[0]] += 1
+    assert set(counts) == {1, 3, 4, 5}
+    assert sum((n - 1500) ** 2 / 1500 for n in counts.values()) < 16.27
+
+
+def tree(seed: int):
+    """A policy over three binary tokens and a reward on its leaves: (probability of each leaf, reward of each leaf)."""
+    g = random.Random(seed)
+    step = {prefix: g.uniform(0.1, 0.9) for n in range(3) for prefix in itertools.product((0, 1), repeat=n)}
+    leaf = lambda o: math.prod(step[o[:t]] if o[t] else 1 - step[o[:t]] for t in range(3))
+    leaves = {o: leaf(o) for o in itertools.product((0, 1), repeat=3)}
+    rewards = {o: g.random() < 0.5 for o in leaves}
+    rewards[(0, 1, 0)], rewards[(1, 1, 1)] = True, False
+    return leaves, rewards
+
+
+def test_proposition_1_the_success_conditioned_policy_is_policy_times_value_ratio():
+    leaves, rewards = tree(0)
+    Z = sum(p for o, p in leaves.items() if rewards[o])
+    mass = lambda h, only=False: sum(p for o, p in leaves.items() if o[: len(h)] == h and (rewards[o] or not only))
+    for n in range(3):
+        for h in itertools.product((0, 1), repeat=n):
+            for y in (0, 1):
+                if mass(h, True) == 0:
+                    continue
+                value = lambda prefix: mass(prefix, True) / mass(prefix)  # V_π: success probability from a prefix
+                plus = (mass((*h, y), True) / Z) / (mass(h, True) / Z)
+                assert plus == pytest.approx(mass((*h, y)) / mass(h) * value((*h, y)) / value(h), rel=1e-12)
+
+
+def test_accepted_peers_are_exact_draws_from_the_success_conditioned_policy():
+    """Eq. 8: over all groups of three, what choose_peers gives a rollout is distributed as π⁺ (enumerated over the
+    groups, and over the peers by the choice's own symmetry)."""
+    leaves, rewards = tree(1)
+    Z = sum(p for o, p in leaves.items() if rewards[o])
+    found, total = Counter(), 0.0
+    for group in itertools.product(leaves, repeat=3):
+        R = [int(rewards[o]) for o in group]
+        probability = math.prod(leaves[o] for o in group)
+        # both of two candidates come up when asked often enough; each with the same chance (test above)
+        draws = {hsd.choose_peers(R, [1] * 3, [0.0] * 3, "uniform", random.Random(s))[0] for s in range(12)}
+        for j in draws - {None}:
+            found[group[j]] += probability / len(draws)
+            total += probability / len(draws)
+    for o, p in leaves.items():
+        assert found[o] / total == pytest.approx(p / Z if rewards[o] else 0.0, abs=1e-12)
+
+
+def test_equation_12_by_simulation_and_its_maximum():
+    rng = random.Random(0)
+    for p, G in ((0.22, 8), (0.5, 4), (0.05, 16)):
+        hits = 0
+        for _ in range(20_000):
+            R = [int(rng.random() < p) for _ in range(G)]
+            hits += R[0] == 0 and hsd.choose_peers(R, [1] * G, [0.0] * G, "shortest", rng)[0] is not None
+        assert hits / 20_000 == pytest.approx(hsd.coverage(torch.tensor(p), G).item(), abs=0.012)
+
+
+def test_the_papers_table_2_does_not_follow_from_its_formula():
+    """p* = 1 − G^{−1/(G−1)} and f* rise with G by Eq. 12; the paper prints f* = .422 .344 .272 .214 .167, falling."""
+    for G, printed in ((4, 0.422), (8, 0.344), (16, 0.272), (32, 0.214), (64, 0.167)):
+        best = hsd.coverage(torch.linspace(0, 1, 100_001, **f64), G)
+        p_star = 1 - G ** (-1 / (G - 1))
+        assert best.argmax().item() / 100_000 == pytest.approx(p_star, abs=1e-4)
+        assert best.max().item() == pytest.approx((G - 1) * G ** (-G / (G - 1)), abs=1e-6)
+        assert abs(best.max().item() - printed) > 0.04
+
+
+def group_of(rewards, answer="5") -> hsd.Group:
+    problem = Problem("p", [{"role": "user", "content": "q"}], answer=answer)
+    return hsd.Group(problem, [Rollout([1], [2, 3], [-0.1, -0.1], "stop", f"text {i}") for i in range(len(rewards))],
+                     [Verdict(float(r)) for r in rewards])
+
+
+def test_contexts_of_mixed_all_fail_and_all_success_groups():
+    """One success: it sees the answer alone, its siblings see it. All fail: OPSD with the answer. All succeed: each sees
+    another."""
+    peers = lambda rewards: hsd.choose_peers(rewards, [1] * len(rewards), [0.0] * len(rewards), "uniform", random.Random(0))
+    assert peers([0, 1, 0]) == [1, None, 1] and peers([0, 0, 0]) == [None] * 3
+    assert all(j is not None and j != i for i, j in enumerate(peers([1, 1, 1])))
+    problem, args = group_of([1]).problem, hsd.Args()
+    with_peer, without = (hsd.context(problem, p, args)[-1]["content"] for p in ("the peer", None))
+    assert with_peer.index("q") < with_peer.index("answer is 5") < with_peer.index("the peer")
+    assert "answer is 5" in without and "passed the check" not in without
+
+
+def test_a_question_without_an_answer_uses_the_peer_alone_and_is_masked_without_one():
+    problem = group_of([1], answer=None).problem
+    assert "final answer" not in hsd.context(problem, "the peer", hsd.Args())[-1]["content"]
+    assert hsd.context(problem, None, hsd.Args()) is None
+
+
+def test_answer_and_solution_contexts_are_opsds():
+    problem = Problem("p", [{"role": "user", "content": "q"}], answer="5", solution="2+3=5")
+    answer, solution = (hsd.context(problem, "peer", hsd.Args(context=c))[-1]["content"] for c in ("answer", "solution"))
+    assert "answer is 5" in answer and "peer" not in answer and "2+3" not in answer
+    assert "2+3=5" in solution and "peer" not in solution and "answer is 5" not in solution
+
+
+def test_credit_mass_and_its_denominators():
+    credit = torch.zeros(200)
+    credit[100], credit[104], credit[30] = 1.0, -2.0, 1.0
+    found = hsd.localisation(credit, 100)
+    assert found["mass/w2"] == 0.25 and found["mass/w4"] == 0.75 and found["mass/w32"] == 0.75
+    assert found["mass50/w2"] == pytest.approx(1 / 3) and found["mass50/w4"] == 1.0
+    assert found["credit/at_tau"] == 1.0 and found["credit/before_tau"] == pytest.approx(0.01)
+    assert found["credit/after_tau"] == pytest.approx(2 / 99)
+    assert "credit/before_tau" not in hsd.localisation(credit[:5] + 1, 0)
+
+
+@given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
+def test_the_divergence_point_is_the_end_of_the_common_prefix(a, b):
+    tau = hsd.divergence_point(a, b)
+    common = next((t for t in range(min(len(a), len(b))) if a[t] != b[t]), None)
+    assert tau == common and (tau is None or (a[:tau] == b[:tau] and a[tau] != b[tau]))
+
+
+SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "8", "--max_tokens", "48",
+         "--eval_every", "3", "--eval_samples", "1"]
+
+
+def run(out, *flags):
+    hsd.main(parse(hsd.Args, hsd.presets, [*SMALL, "--out", str(out), *flags]))
+
+
+@pytest.mark.parametrize("flags", [["--teacher", "ema"], ["--teacher", "snapshot", "--teacher_every", "2", "--beta", "0.01"],
+                                   ["--teacher", "live"]], ids=["ema", "snapshot", "live"])
+def test_a_resume_includes_the_teacher_bitwise(flags, tmp_path):
+    run(tmp_path, "--steps", "4", "--name", "whole", *flags)
+    run(tmp_path, "--steps", "3", "--name", "parts", *flags)
+    run(tmp_path, "--steps", "4", "--name", "parts", "--resume", "auto", *flags)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
+
+
+def test_a_run_measures_where_the_credit_is(tmp_path):
+    run(tmp_path, "--steps", "2", "--name", "r")
+    row = metrics(tmp_path / "r")[0]
+    assert {"tau", "mass/w8", "mass50/w8", "coverage/measured", "coverage/eq12", "shift/peer", "context/peer", "kl",
+            "credit/at_tau", "credit/before_tau", "teacher/entropy"} <= row.keys()
+    assert row["mass50/w8"] >= row["mass/w8"] and row["credit/at_tau"] > row["credit/before_tau"]
+
+
+@pytest.mark.parametrize("flags", [["--context", "answer", "--grpo_mix", "0.5"], ["--context", "solution", "--entry_clip", "0.05"],
+                                   ["--train_on", "failed", "--kl", "reverse"], ["--peer", "shortest", "--kl", "jsd"]], ids=str)
+def test_every_arm_trains_from_one_command(flags, tmp_path):
+    run(tmp_path, "--steps", "2", "--name", "arm", *flags)
+    assert metrics(tmp_path / "arm")[1]["grad_norm"] > 0
+
+
+def test_a_peer_that_does_not_fit_is_an_error_or_a_counted_fallback(tmp_path, monkeypatch):
+    from common import sampler
+
+    made = sampler.HFSampler.__init__
+
+    def narrow(self, *args, **kwargs):  # room for every prompt with an answer, but not for a peer beside a response
+        made(self, *args, **kwargs)
+        self.context = 120
+
+    monkeypatch.setattr(sampler.HFSampler, "__init__", narrow)
+    with pytest.raises(SystemExit, match="exceed the model's context of 120"):
+        run(tmp_path, "--steps", "1", "--name", "error")
+    torch.distributed.destroy_process_group()
+    run(tmp_path, "--steps", "1", "--name", "fallback", "--overflow", "fallback")
+    row = metrics(tmp_path / "fallback")[0]
+    assert row["frac_overflow"] > 0 and row["context/peer"] < 1

@@ -1,0 +1,74 @@
+"""Two ranks, weights sharded by FSDP2: head_loss and token_stats inside the policy's forward see whole weights, and the
+gradients of both ranks together are those of one process with full logits."""
+import copy
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from common.policy import Micro, Policy, shard
+from kernels.divergence import Divergence
+from kernels.head import head_loss, token_stats
+
+WORLD, LENGTH = 2, 9
+
+
+def model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                                        tie_word_embeddings=True))
+
+
+def full_logits_gradient(ids: torch.Tensor, hinted: torch.Tensor) -> dict[str, torch.Tensor]:
+    """of Σ (kl + ¼·log p) over the tokens of all ranks, the mean over ranks, by PyTorch's log_softmax alone."""
+    lm = model().double()
+    lp = lm(input_ids=ids).logits.log_softmax(-1)
+    with torch.no_grad():
+        lq = lm(input_ids=hinted).logits.log_softmax(-1)
+    loss = (lp.exp() * (lp - lq)).sum() + 0.25 * lp.gather(-1, ids[..., None]).sum()
+    (loss / WORLD).backward()
+    return {name: p.grad for name, p in lm.named_parameters()}
+
+
+def rank_main(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    ids, hinted = torch.randint(61, (2, WORLD, LENGTH), generator=torch.Generator().manual_seed(1))
+    expected = full_logits_gradient(ids, hinted)
+    targets = ids[rank]
+    row = lambda tokens: Micro([0], [LENGTH], tokens[rank : rank + 1], torch.arange(LENGTH), targets)
+    for fused in (True, False):
+        student, teacher = (shard(Policy(copy.deepcopy(model())), torch.device("cpu")) for _ in range(2))
+        # a teacher of its own, as an EMA is: hidden states and head out of its own forward
+        with torch.no_grad():
+            teacher_hidden, teacher_head = teacher(row(hinted), lambda h, w: (h, w.clone()))
+
+        def read(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            if fused:
+                return head_loss(lambda token, _: token.kl + 0.25 * token.logp, hidden, weight, targets, None,
+                                 teacher_hidden, teacher_head, divergence=Divergence())[0]
+            stats = token_stats(hidden, weight, targets, teacher_hidden, teacher_head)
+            return (stats.kl + 0.25 * stats.logp).sum()
+
+        student(row(ids), read).backward()
+        for name, p in student.lm.named_parameters():
+            torch.testing.assert_close(p.grad.full_tensor(), expected[name].float(), rtol=1e-4, atol=1e-5)
+        try:  # outside of the forward the weight is one rank's share, and that is said
+            token_stats(teacher_hidden, student.lm.get_output_embeddings().weight, targets)
+        except TypeError as error:
+            assert "DTensor" in str(error)
+        else:
+            raise AssertionError("a DTensor went through")
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_of_two_ranks():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    mp.spawn(rank_main, (port,), nprocs=WORLD)

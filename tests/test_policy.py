@@ -1,0 +1,190 @@
+"""The training forward: packing, positions, splits over micro-batches and ranks, and agreement with the sampler."""
+import json
+import random
+
+import torch
+from conftest import CHAIN, torchrun
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import grpo
+from common.policy import full_weights, load_policy, load_tokenizer, micro_batches, optimizer_step, score
+from common.sampler import HFSampler, chat_ids
+from common.tasks import load_task
+from common.verifiers import Verifier
+
+CPU = torch.device("cpu")
+
+
+def some_rollouts(count: int, n: int = 2, max_tokens: int = 24):
+    tokenizer = load_tokenizer(CHAIN)
+    prompts = [chat_ids(tokenizer, p.messages) for p in load_task("chain", heldout=8).train[:count]]
+    sampler = HFSampler(CHAIN, tokenizer, CPU)
+    groups = sampler.sample(prompts, n, seed=(0, 0), keys=range(count), max_tokens=max_tokens)
+    return sampler, [o for g in groups for o in g]
+
+
+def shared_score(policy, prompts, responses):
+    out = [None] * len(prompts)
+    with torch.no_grad():
+        for m in micro_batches(prompts, responses, range(len(prompts)), 10_000, CPU, share_prompts=True):
+            assert len(m.prefix) == len({tuple(prompts[i]) for i in m.rows})
+            stats = policy(m, lambda h, w: grpo.token_stats(h, w, m.targets))
+            for row, *parts in zip(m.rows, *(x.split(m.lengths) for x in stats)):
+                out[row] = grpo.TokenStats(*parts)
+    return out
+
+
+def test_packed_logprobs_equal_one_by_one(one_process):
+    """Every budget gives the log-probability and entropy that the plain model gives each response alone."""
+    _, rollouts = some_rollouts(5)
+    prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
+    lm = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32)
+    policy = load_policy(CHAIN, CPU)
+    for budget in (1, 100, 10_000, -10_000):  # below 0: prompts are shared
+        found = score(policy, prompts, responses, budget) if budget > 0 else shared_score(policy, prompts, responses)
+        for p, r, got in zip(prompts, responses, found):
+            with torch.no_grad():
+                logp = lm(torch.tensor([p + r])).logits[0, len(p) - 1 : -1].double().log_softmax(-1)
+            expected = logp.gather(1, torch.tensor(r)[:, None])[:, 0]
+            torch.testing.assert_close(got.logp.double(), expected, atol=2e-5, rtol=0)
+            torch.testing.assert_close(got.entropy.double(), -(logp.exp() * logp).sum(1), atol=2e-5, rtol=0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=20), st.integers(1, 200))
+@settings(deadline=None, max_examples=50)
+def test_micro_batches_hold_each_token_once_within_the_budget(sizes, budget):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        r = random.Random(0)
+        prompts = [[r.randrange(9) for _ in range(p)] for p, _ in sizes]
+        responses = [[r.randrange(9) for _ in range(n)] for _, n in sizes]
+        seen = []
+        for m in micro_batches(prompts, responses, range(len(sizes)), budget, CPU):
+            assert m.ids.numel() <= budget or len(m.rows) <= 1
+            flat, start = m.ids.flatten(), 0
+            for row, n in zip(m.rows, m.lengths):
+                index = m.index[start : start + n]
+                assert flat[index + 1].tolist() == m.targets[start : start + n].tolist() == responses[row]
+                assert flat[index[0]].item() == prompts[row][-1]  # the first token is predicted at the prompt's end
+                start += n
+            seen += m.rows
+        assert sorted(seen) == list(range(len(sizes)))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_end_token_is_trained_and_truncation_comes_from_the_finish_reason(one_process):
+    sampler, rollouts = some_rollouts(6, max_tokens=64)
+    stopped = [o for o in rollouts if not o.truncated]
+    assert stopped and all(o.response_ids[-1] in sampler.ends for o in stopped)
+    micro, = micro_batches([o.prompt_ids for o in stopped], [o.response_ids for o in stopped],
+                           range(len(stopped)), 10**6, CPU)
+    ends = torch.tensor(micro.lengths).cumsum(0) - 1
+    assert torch.isin(micro.targets[ends], torch.tensor(sampler.ends)).all()
+    _, cut = some_rollouts(6, max_tokens=3)
+    assert all(o.truncated and o.finish_reason == "length" and len(o.response_ids) == 3 for o in cut)
+    assert not any(set(o.response_ids) & set(sampler.ends) for o in cut)
+
+
+def test_sampler_and_trainer_agree_and_move_together(one_process):
+    """First step: the sampler's log-probabilities are the trainer's (1e-4 in fp32). After an optimizer step and a
+    sync, those of the same ids move, and agree again."""
+    sampler, rollouts = some_rollouts(6, n=4)
+    prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
+    policy = load_policy(CHAIN, CPU)
+    before = [s.logp for s in score(policy, prompts, responses, 4096)]
+    gap = max((torch.tensor(o.logprobs) - b).abs().max() for o, b in zip(rollouts, before))
+    assert gap < 1e-4
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    micro, = micro_batches(prompts, responses, range(len(rollouts)), 10**6, CPU)
+    (-policy(micro, lambda h, w: grpo.token_stats(h, w, micro.targets).logp.mean())).backward()
+    assert optimizer_step(policy, optimizer, 1e-3, 1.0) > 0
+    sampler.load(full_weights(policy))
+    after = [s.logp for s in score(policy, prompts, responses, 4096)]
+    assert max((a - b).abs().max() for a, b in zip(after, before)) > 1e-2
+    with torch.no_grad():
+        for p, r, expected in zip(prompts, responses, after):
+            logp = sampler.lm(torch.tensor([p + r])).logits[0, len(p) - 1 : -1].log_softmax(-1)
+            torch.testing.assert_close(logp.gather(1, torch.tensor(r)[:, None])[:, 0], expected, atol=1e-4, rtol=0)
+
+
+GRADIENT = """
+import json, sys
+import torch, torch.distributed as dist
+import grpo
+from common.policy import load_policy, micro_batches
+model, data, budget, share, out = sys.argv[1:]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+rows = json.load(open(data))
+Q = len(rows["rewards"]) // world
+mine = slice(rank * Q, rank * Q + Q)
+rewards, prompts, responses = (rows[k][mine] for k in ("rewards", "prompts", "responses"))
+lengths = torch.tensor([[float(len(r)) for r in g] for g in responses])
+prompts, responses = ([x for g in y for x in g] for y in (prompts, responses))
+policy = load_policy(model, torch.device("cpu"))
+found = {}
+for loss in ("grpo", "dapo", "gspo"):
+    args = grpo.Args(loss=loss, beta=0.0, tis=0.0, max_tokens=50)
+    A = grpo.advantages(torch.tensor(rewards), args.std)
+    weight = grpo.token_weights(lengths, torch.ones_like(lengths), args)
+    live = [i for i in range(len(prompts)) if A.flatten()[i] != 0]
+    micros = micro_batches(prompts, responses, live, int(budget), torch.device("cpu"), share == "share")
+    for m in micros:
+        batch = grpo.Tokens(m.spread(A.flatten()), m.spread(weight.flatten()),
+                            m.gather([[0.0] * len(r) for r in responses]), None, None, m.rollout)
+        total, _ = policy(m, grpo.head(m, batch, args))
+        (total * world).backward()
+    for name, p in policy.named_parameters():
+        found[loss, name] = p.grad.full_tensor()
+        p.grad = None
+if rank == 0:
+    torch.save((len(micros), found), out)
+dist.destroy_process_group()
+"""
+
+
+def test_any_split_of_a_batch_gives_the_same_gradient(tmp_path):
+    """1 × 8, 2 × 4 and 4 × 2 (ranks × micro-batches) of one batch, with and without shared prompts; lengths and group
+    signals are uneven over the ranks, and the last of four holds groups without any, so its micro-batches are empty."""
+    r = random.Random(0)
+    tokens = lambda low, high: [r.randrange(3, 500) for _ in range(r.randint(low, high))]
+    data = {"prompts": [], "responses": [], "rewards": []}
+    for q in range(8):
+        prompt = tokens(5, 9)
+        data["prompts"].append([prompt] * 3)
+        data["responses"].append([tokens(2, 30) for _ in range(3)])
+        data["rewards"].append([1.0, 0.0, float(q % 2)] if q < 5 else [1.0] * 3)
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    (tmp_path / "gradient.py").write_text(GRADIENT)
+    results = []
+    for ranks, budget, share in ((1, 10**6, "no"), (1, 80, "share"), (2, 100, "no"), (4, 60, "share")):
+        out = tmp_path / f"{ranks}-{budget}.pt"
+        torchrun(ranks, str(tmp_path / "gradient.py"), CHAIN, str(tmp_path / "rows.json"), str(budget), share, str(out))
+        results.append(torch.load(out))
+    whole = results[0][1]
+    assert results[1][0] >= 6 and results[2][0] >= 4 and results[3][0] >= 2
+    for _, split in results[1:]:
+        assert split.keys() == whole.keys()
+        for (loss, name), g in split.items():
+            scale = max(x.abs().max() for (other, _), x in whole.items() if other == loss).item()
+            assert scale > 1e-5
+            torch.testing.assert_close(g, whole[loss, name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_reading_a_policy_twice_moves_nothing(one_process):
+    policy = load_policy(CHAIN, CPU)
+    before = {n: w.clone() for n, w in full_weights(policy)}
+    score(policy, [[1, 2, 3]], [[4, 5]], 100)
+    assert all(torch.equal(w, before[n]) for n, w in full_weights(policy))
+
+
+def test_verifier_is_usable_from_a_run():
+    v = Verifier(1)
+    p = load_task("chain", heldout=8).train[0]
+    assert [x.reward for x in v([p, p], [p.solution, "####"])] == [1.0, 0.0]
+    v.close()

@@ -1,0 +1,219 @@
+"""A run from the outside: resume, crashes, damaged checkpoints, and what a user's mistakes look like."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import CHAIN, ROOT, torchrun
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo
+from common.run import parse
+
+SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "8", "--max_tokens", "48",
+         "--eval_every", "2", "--eval_samples", "1"]
+
+
+def run_grpo(out, *flags: str) -> None:
+    grpo.main(parse(grpo.Args, grpo.presets, [*SMALL, "--out", str(out), *flags]))
+
+
+def metrics(folder) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def weights(folder, step: int) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / f"step_{step:06d}").state_dict()
+
+
+def assert_same_run(a, b, step: int) -> None:
+    assert metrics(a) == metrics(b)
+    wa, wb = weights(a, step), weights(b, step)
+    assert all(torch.equal(wa[n], wb[n]) for n in wa)
+
+
+def test_a_run_leaves_what_the_readme_promises(tmp_path):
+    run_grpo(tmp_path, "--steps", "2", "--name", "r", "--track", "tensorboard")
+    run = tmp_path / "r"
+    promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints"}
+    assert {p.name for p in run.iterdir()} >= promised
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG") and list((run / "tensorboard").iterdir())
+    assert json.loads((run / "args.json").read_text())["steps"] == 2
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [0, 1, 2] and "heldout/pass@1" in rows[0] and "heldout/pass@1" in rows[2]
+    wanted = {"reward/mean", "grad_norm", "entropy", "clip_frac", "frac_zero_std", "frac_truncated", "length/mean",
+              "mismatch/kl", "mismatch/max_abs_dlogp", "mismatch/tis"}
+    assert wanted <= rows[0].keys() and rows[0]["mismatch/max_abs_dlogp"] < 1e-4
+    times = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"time/sample", "time/verify", "time/score", "time/update"} <= times.keys()
+    folder = run / "checkpoints" / "step_000002"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Compute 23+45."}], add_generation_prompt=True,
+                                        return_tensors="pt", return_dict=True)
+    assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+    dumped = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
+    assert dumped.keys() >= {"step", "id", "response", "reward"}
+
+
+EVERYTHING = ["--minibatches", "2", "--epochs", "2", "--beta", "0.04", "--dynamic_sampling", "1"]
+
+
+@pytest.mark.parametrize("flags", [[], EVERYTHING], ids=["plain", "everything"])
+def test_six_steps_are_three_and_a_resume_and_three_bitwise(flags, tmp_path):
+    run_grpo(tmp_path, "--steps", "6", "--name", "whole", *flags)
+    run_grpo(tmp_path, "--steps", "3", "--name", "parts", *flags)
+    run_grpo(tmp_path, "--steps", "6", "--name", "parts", "--resume", "auto", *flags)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
+
+
+def test_six_steps_are_three_and_a_resume_and_three_bitwise_in_two_processes(tmp_path):
+    common = ["grpo.py", *SMALL, "--out", str(tmp_path)]
+    torchrun(2, *common, "--steps", "6", "--name", "whole")
+    torchrun(2, *common, "--steps", "3", "--name", "parts")
+    torchrun(2, *common, "--steps", "6", "--name", "parts", "--resume", "auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
+    run_grpo(tmp_path, "--steps", "6", "--name", "single")
+    one, two = weights(tmp_path / "single", 6), weights(tmp_path / "whole", 6)
+    for name in one:  # one process samples the same tokens; sums differ only in their order
+        torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=0)
+
+
+def test_a_kill_in_the_middle_of_a_checkpoint_resumes_from_the_previous_one(tmp_path):
+    """SIGKILL at the moment the second checkpoint has files but is not complete."""
+    run_grpo(tmp_path, "--steps", "4", "--save_every", "2", "--name", "whole")
+    command = [sys.executable, "grpo.py", *SMALL, "--out", str(tmp_path), "--name", "killed", "--steps", "4",
+               "--save_every", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (checkpoints / "tmp-step_000004" / "state").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    if (checkpoints / "step_000004").exists():  # the machine was faster than this test: undo the finished one
+        shutil.rmtree(checkpoints / "step_000004")
+    assert (checkpoints / "step_000002").exists()
+    run_grpo(tmp_path, "--steps", "4", "--save_every", "2", "--name", "killed", "--resume", "auto")
+    assert not list(checkpoints.glob("tmp-*"))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 4)
+
+
+@pytest.mark.parametrize("victim", ["model.safetensors", "state/__0_0.distcp", "trainer.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_an_error_that_names_the_file(victim, damage, finished_run, tmp_path):
+    out = tmp_path / "runs"
+    shutil.copytree(finished_run, out)
+    file = out / "r" / "checkpoints" / "step_000002" / victim
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "cut":
+        file.write_bytes(data[:-1])
+    else:
+        file.unlink()
+    with pytest.raises(SystemExit, match=re.escape(victim)):
+        run_grpo(out, "--steps", "3", "--name", "r", "--resume", "auto")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    run_grpo(out, "--steps", "2", "--name", "r")
+    return out
+
+
+def test_a_new_run_does_not_touch_an_old_one(finished_run):
+    before = (finished_run / "r" / "metrics.jsonl").read_bytes()
+    run_grpo(finished_run, "--steps", "1", "--name", "r")
+    assert (finished_run / "r" / "metrics.jsonl").read_bytes() == before
+    assert (finished_run / "r-2" / "metrics.jsonl").exists()
+
+
+def test_eval_only_evaluates_and_trains_nothing(finished_run, tmp_path):
+    run_grpo(tmp_path, "--eval_only", "--model", str(finished_run / "r" / "checkpoints" / "step_000002"), "--name", "e")
+    row, = metrics(tmp_path / "e")
+    assert row["heldout/pass@1"] == metrics(finished_run / "r")[-1]["heldout/pass@1"]
+    assert not list((tmp_path / "e" / "checkpoints").iterdir())
+
+
+def test_groups_with_equal_rewards_are_counted_and_change_nothing(tmp_path):
+    """A model that cannot answer in two tokens: every reward is 0, no gradient, no NaN, no hang in two processes."""
+    torchrun(2, "grpo.py", *SMALL, "--max_tokens", "2", "--steps", "2", "--out", str(tmp_path), "--name", "zero")
+    rows = metrics(tmp_path / "zero")
+    assert rows[0]["frac_zero_std"] == 1 and rows[0]["frac_truncated"] == 1 and rows[0]["grad_norm"] == 0
+    start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
+    assert all(torch.equal(w, start[n]) for n, w in weights(tmp_path / "zero", 2).items())
+
+
+MISTAKES = {
+    "missing model": (["--model", "/nowhere/model"], "no such folder"),
+    "folder without a model": (["--model", "EMPTY"], "no config.json"),
+    "missing task file": (["--task", "jsonl:/nowhere.jsonl"], "no such file"),
+    "broken line": (["--task", "jsonl:BROKEN"], r"broken.jsonl, line 2: not JSON"),
+    "missing field": (["--task", "jsonl:NOFIELD"], r"nofield.jsonl, line 1: field 'answer' is missing"),
+    "empty dataset": (["--task", "jsonl:BLANK"], "0 different problems"),
+    "unknown source": (["--task", "nothing"], "unknown source 'nothing'"),
+    "too few problems": (["--heldout", "100000", "--task", "jsonl:ONE"], "100000 are to be held out"),
+    "prompt longer than the context": (["--max_tokens", "5000"], "exceed the model's context of 1024"),
+    "group of one": (["--group_size", "1"], "--group_size 1: must lie between 2"),
+    "batch not divisible": (["--minibatches", "3"], "do not divide into 1 process"),
+    "resume from nothing": (["--resume", "EMPTY"], "no manifest.json"),
+    "temperature out of range": (["--temperature", "0"], "--temperature 0.0"),
+    "negative learning rate": (["--lr", "-1"], "--lr -1.0"),
+    "clip out of range": (["--clip_low", "1.5"], "--clip_low 1.5"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_a_mistake_ends_with_one_clear_line(mistake, tmp_path):
+    flags, words = MISTAKES[mistake]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": \n')
+    (tmp_path / "nofield.jsonl").write_text('{"question": "1+1?"}\n')
+    (tmp_path / "blank.jsonl").write_text("")
+    (tmp_path / "one.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    places = {"EMPTY": "empty", "BROKEN": "broken.jsonl", "NOFIELD": "nofield.jsonl", "BLANK": "blank.jsonl",
+              "ONE": "one.jsonl"}
+    for name, file in places.items():
+        flags = [f.replace(name, str(tmp_path / file)) for f in flags]
+    try:
+        with pytest.raises(SystemExit) as error:
+            run_grpo(tmp_path / "runs", "--steps", "1", *flags)
+        assert re.search(words, str(error.value)) and str(error.value).startswith("error: ")
+        assert "\n" not in str(error.value)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("flags", [["--no_such_flag", "1"], ["--steps", "many"], ["--loss", "ppo"]])
+def test_a_flag_that_does_not_exist_or_fit_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(grpo.Args, grpo.presets, flags)
+    assert error.value.code == 2
+    assert flags[0].strip("-") in capsys.readouterr().err or flags[-1] in capsys.readouterr().err
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        parse(grpo.Args, grpo.presets, ["--help"])
+    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    for field in grpo.Args.__dataclass_fields__:
+        assert f"--{field}" in text or f"--{field.replace('_', '-')}" in text, field
+    assert "responses a question" in text and "clip-higher" in text
+
+
+@pytest.mark.parametrize("name", list(grpo.VARIANTS))
+def test_every_variant_trains_from_one_command(name, tmp_path):
+    run_grpo(tmp_path, "--loss", name, "--steps", "2", "--name", name)
+    row = metrics(tmp_path / name)[1]
+    assert row["grad_norm"] == row["grad_norm"] and row["lr"] == 1e-4

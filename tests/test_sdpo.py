@@ -1,0 +1,275 @@
+"""sdpo.py's formulas against float64 brute force over full logits, its contexts, its teachers, its test-time loop."""
+import json
+import math
+import random
+
+import pytest
+import torch
+from conftest import CHAIN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_run import assert_same_run, metrics
+
+import sdpo
+from common.policy import blend, full_weights, load_policy
+from common.run import parse
+from common.sampler import Rollout
+from common.tasks import Problem
+from common.verifiers import Verdict
+from kernels.head import token_stats
+
+V, D = 9, 4
+f64 = dict(dtype=torch.float64)
+
+
+def make_batch(seed: int, responses: int = 6):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 6, (responses,), generator=g)
+    T = int(lengths.sum())
+    normal = lambda *shape: torch.randn(*shape, generator=g, **f64)
+    b = dict(lengths=lengths, hidden=normal(T, D), weight=normal(V, D), A=normal(responses), old=0.5 * normal(T),
+             sampler=0.5 * normal(T), targets=torch.randint(0, V, (T,), generator=g),
+             teacher=[(normal(T, D), normal(V, D)) for _ in range(2)], signal=torch.rand(responses, generator=g) < 0.6)
+    b["signal"][0] = True
+    return b
+
+
+def one_divergence(args: sdpo.Args, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """D between p [V] (with gradient) and q [V] (without), written out entry by entry."""
+    K = 1 if args.granularity == "token" else args.top_k
+    if K:
+        chosen = sorted(range(V), key=lambda v: -float(p[v]))[:K]
+        rest = [v for v in range(V) if v not in chosen]
+        P = [p[v] for v in chosen] + ([sum(p[v] for v in rest)] if rest else [])
+        Q = [q[v] for v in chosen] + ([sum(q[v] for v in rest)] if rest else [])
+    else:
+        P, Q = list(p), list(q)
+    total = torch.zeros((), **f64)
+    for a, b in zip(P, Q):
+        if args.kl == "reverse" and args.adv_clip:  # the gradient of Σ p·sg(−A), A clipped; the value is the KL's
+            A = math.log(b) - math.log(float(a))
+            bounded = min(max(A, -args.adv_clip), args.adv_clip)
+            total = total - (a - a.detach()) * bounded + a.detach() * (-A)
+        elif args.kl == "reverse":
+            total = total + a * (a.log() - b.log())
+        elif args.kl == "forward":
+            total = total + b * (b.log() - a.log())
+        else:
+            m = 0.5 * a + 0.5 * b
+            total = total + 0.5 * a * (a.log() - m.log()) + 0.5 * b * (b.log() - m.log())
+    return total
+
+
+def brute_force(b, args: sdpo.Args, mix, updates_before: bool):
+    hidden, weight = b["hidden"].clone().requires_grad_(), b["weight"].clone().requires_grad_()
+    logp = torch.log_softmax(hidden @ weight.T, -1)
+    teacher_logits = sum(m * (h @ w.T) for m, (h, w) in zip(mix, b["teacher"]))
+    logq = torch.log_softmax(teacher_logits, -1)
+    lengths, L, t = b["lengths"].tolist(), torch.zeros((), **f64), 0
+    kept = [bool(s) or args.lam > 0 for s in b["signal"]]
+    tokens, responses = sum(n for n, k in zip(lengths, kept) if k), sum(kept)
+    for i, n in enumerate(lengths):
+        span = range(t, t + n)
+        t += n
+        if not kept[i]:
+            continue
+        mean_A = sum(float(logq[u, b["targets"][u]] - logp[u, b["targets"][u]].detach()) for u in span) / n
+        for u in span:
+            y = b["targets"][u]
+            old = float(b["base"][u] + b["old"][u]) if updates_before else float(logp[u, y].detach())
+            if args.granularity in ("logit", "token"):
+                term = one_divergence(args, logp[u].exp(), logq[u].exp())
+            else:
+                A = mean_A if args.granularity == "sequence" else float(logq[u, y] - logp[u, y].detach())
+                term = -A * logp[u, y]
+            ratio = torch.exp(logp[u, y] - old)
+            term = term * min(float(ratio.detach()), args.is_clip) * float(b["signal"][i])
+            if args.lam:
+                term = (1 - args.lam) * term - args.lam * ratio * float(b["A"][i])
+            if args.tis:
+                term = term * min(math.exp(old - float(b["base"][u] + b["sampler"][u])), args.tis)
+            L = L + term / (tokens if args.mean == "token" else n * responses)
+    L.backward()
+    return L.detach(), hidden.grad, weight.grad
+
+
+def ours(b, args: sdpo.Args, mix, updates_before: bool):
+    hidden, weight = b["hidden"].clone().requires_grad_(), b["weight"].clone().requires_grad_()
+    each = lambda x: x.double().repeat_interleave(b["lengths"])
+    w = sdpo.token_weights(b["lengths"][None].double(), b["signal"][None] | (args.lam > 0), args)[0]
+    batch = sdpo.Tokens(weight=each(w), signal=each(b["signal"]), advantage=each(b["A"]),
+                        sampler_logp=b["base"] + b["sampler"], old_logp=b["base"] + b["old"] if updates_before else None,
+                        rollout=torch.arange(len(b["lengths"])).repeat_interleave(b["lengths"]))
+
+    class Micro:
+        targets = b["targets"]
+
+    total, _ = sdpo.head(Micro, batch, b["teacher"][: len(mix)], mix, args)(hidden, weight)
+    total.backward()
+    return total.detach(), hidden.grad, weight.grad
+
+
+ARMS = [{}, {"kl": "reverse"}, {"kl": "forward"}, {"top_k": 3}, {"kl": "reverse", "top_k": 2}, {"kl": "forward", "top_k": 4},
+        {"granularity": "token", "kl": "reverse"}, {"granularity": "sampled"}, {"granularity": "sequence"},
+        {"lam": 0.9, "kl": "reverse"}, {"mean": "sequence"}, {"tis": 0.0, "is_clip": 1.2}, {"kl": "reverse", "adv_clip": 0.3}]
+
+
+@pytest.mark.parametrize("updates_before", [False, True])
+@pytest.mark.parametrize("flags", ARMS, ids=str)
+def test_loss_and_gradient_equal_brute_force(flags, updates_before, one_process):
+    for seed, mix in ((0, (1.0,)), (1, (0.95, 0.05))):
+        b, args = make_batch(seed), sdpo.Args(**flags)
+        b["base"] = torch.log_softmax(b["hidden"] @ b["weight"].T, -1).gather(1, b["targets"][:, None])[:, 0]
+        for got, expected in zip(ours(b, args, mix, updates_before), brute_force(b, args, mix, updates_before)):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kl", ["jsd", "reverse", "forward"])
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(kl):
+    b = make_batch(0)
+    (h, w), = b["teacher"][:1]
+    full, cut = (token_stats(b["hidden"], b["weight"], b["targets"], h, w, divergence=sdpo.divergence(sdpo.Args(kl=kl, top_k=K)))
+                 for K in (0, V))
+    torch.testing.assert_close(cut.kl, full.kl, rtol=1e-9, atol=1e-12)
+
+
+def test_the_top_k_gradient_is_dense_and_equal_to_autograds(one_process):
+    """Every entry outside the K gets the tail's gradient: none is zero."""
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn(4, V, generator=g, requires_grad=True, **f64)
+    teacher, one = torch.randn(4, V, generator=g, **f64), torch.eye(V, **f64)
+    stats = token_stats(z, one, torch.zeros(4, dtype=torch.long), teacher, one,
+                        divergence=sdpo.divergence(sdpo.Args(kl="reverse", top_k=3)))
+    stats.kl.sum().backward()
+    other = z.detach().clone().requires_grad_()
+    args = sdpo.Args(kl="reverse", top_k=3)
+    sum(one_divergence(args, p, q) for p, q in zip(other.softmax(-1), teacher.softmax(-1))).backward()
+    torch.testing.assert_close(z.grad, other.grad, rtol=1e-9, atol=1e-12)
+    assert (z.grad != 0).all()
+
+
+def test_the_semi_gradient_is_proposition_2_1s_expectation():
+    """∇L = E_{ŷ~π}[log(π/q) ∇log π], enumerated over five symbols (v2; v1 printed the sum without π); in the advantage
+    view it is −Σ_ŷ π(ŷ) A(ŷ) ∇log π(ŷ)."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 5, generator=g, requires_grad=True, **f64)
+    teacher, one = torch.randn(1, 5, generator=g, **f64), torch.eye(5, **f64)
+    stats = token_stats(z, one, torch.zeros(1, dtype=torch.long), teacher, one,
+                        divergence=sdpo.divergence(sdpo.Args(kl="reverse")))
+    got, = torch.autograd.grad(stats.kl.sum(), z)
+    pi = z.detach().softmax(-1)[0]
+    A = (teacher.log_softmax(-1) - z.detach().log_softmax(-1))[0]
+    grad_log = torch.eye(5, **f64) - pi  # row ŷ: ∇_z log π(ŷ)
+    expected = sum(pi[y] * -A[y] * grad_log[y] for y in range(5))
+    torch.testing.assert_close(got[0], expected, rtol=1e-10, atol=1e-14)
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=10), st.integers(0, 99))
+@settings(deadline=None)
+def test_a_sibling_is_another_success_or_none(rewards, seed):
+    for i, j in enumerate(sdpo.choose_siblings(rewards, random.Random(seed))):
+        if j is None:
+            assert not [k for k, r in enumerate(rewards) if r == 1 and k != i]
+        else:
+            assert j != i and rewards[j] == 1
+    found = sdpo.has_sibling(torch.tensor([rewards, rewards], dtype=torch.float32))
+    assert found == [any(r == 1 and k != i for k, r in enumerate(rewards)) for i in range(len(rewards))] * 2
+
+
+@pytest.mark.parametrize("which, solution, feedback, expected", [
+    ("either", "sol", "fb", ["sol"]), ("either", None, "fb", ["fb"]), ("both", "sol", "fb", ["sol", "fb"]),
+    ("solution", None, "fb", []), ("feedback", "sol", "fb", ["fb"]), ("feedback", "sol", "", []), ("both", None, "", [])])
+def test_contexts_and_the_order_of_their_fields(which, solution, feedback, expected):
+    problem = Problem("p", [{"role": "system", "content": "s"}, {"role": "user", "content": "question"}])
+    messages = sdpo.context(problem, solution, feedback, sdpo.Args(context=which))
+    if not expected:
+        assert messages is None
+        return
+    text = messages[-1]["content"]
+    assert messages[0] == problem.messages[0] and text.startswith("question")
+    places = [text.index(e) for e in expected]
+    assert places == sorted(places) and text.endswith(sdpo.CLOSING)
+    assert all(e in text for e in expected) and not {"sol", "fb"} - set(expected) & set(text.split("\n"))
+
+
+def test_thoughts_are_cut_from_demonstrations():
+    problem = Problem("p", [{"role": "user", "content": "q"}])
+    text = sdpo.context(problem, "<think>long\nthought</think>\nanswer 5", None, sdpo.Args())[-1]["content"]
+    assert "thought" not in text and "answer 5" in text
+
+
+def test_an_average_moves_by_one_percent_of_the_student_in_fp32(one_process):
+    """α = 0.01 of a difference that bf16 cannot hold: weights near 1 and a step of 2e-4."""
+    teacher, student = (load_policy(CHAIN, torch.device("cpu")) for _ in range(2))
+    before = {n: w.clone() for n, w in full_weights(teacher)}
+    with torch.no_grad():
+        for p in student.parameters():
+            p.to_local().add_(2e-4)
+    blend(teacher, student, 0.01)
+    for n, w in full_weights(teacher):
+        assert w.dtype == torch.float32
+        torch.testing.assert_close(w, before[n] + 2e-6, rtol=0, atol=2.5e-7)
+        assert (w != before[n]).float().mean() > 0.9
+    blend(teacher, student, 1.0)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(full_weights(teacher), full_weights(student)))
+
+
+SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "8", "--max_tokens", "48",
+         "--eval_every", "3", "--eval_samples", "1"]
+
+
+def run(out, *flags):
+    sdpo.main(parse(sdpo.Args, sdpo.presets, [*SMALL, "--out", str(out), *flags]))
+
+
+@pytest.mark.parametrize("flags", [[], ["--minibatches", "2", "--lam", "0.9", "--top_k", "20", "--kl", "jsd"]], ids=["demo", "many"])
+def test_a_resume_includes_the_teacher_bitwise(flags, tmp_path):
+    run(tmp_path, "--steps", "4", "--name", "whole", *flags)
+    run(tmp_path, "--steps", "3", "--name", "parts", *flags)
+    run(tmp_path, "--steps", "4", "--name", "parts", "--resume", "auto", *flags)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
+    row = metrics(tmp_path / "whole")[0]
+    assert {"context/solution", "context/feedback", "context/none", "kl/right", "kl/wrong", "teacher/accuracy",
+            "teacher/entropy"} <= row.keys()
+
+
+@pytest.mark.parametrize("teacher", ["trust_region", "frozen", "live"])
+def test_every_teacher_trains(teacher, tmp_path):
+    run(tmp_path, "--steps", "2", "--name", "r", "--teacher", teacher)
+    assert metrics(tmp_path / "r")[1]["grad_norm"] > 0
+
+
+def test_a_group_without_success_or_feedback_has_no_loss_and_is_counted(tmp_path):
+    run(tmp_path, "--steps", "1", "--name", "r", "--max_tokens", "3", "--context", "solution")
+    row = metrics(tmp_path / "r")[0]
+    assert row["context/none"] == 1 and row["grad_norm"] == 0 and "kl" not in row
+
+
+def test_feedback_longer_than_the_context_is_an_error_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(sdpo.Verifier, "__call__", lambda self, problems, texts: [Verdict(0.0, "wrong " * 2000)] * len(texts))
+    with pytest.raises(SystemExit, match="exceed the model's context of 1024"):
+        run(tmp_path, "--steps", "1", "--name", "r")
+    torch.distributed.destroy_process_group()
+
+
+def test_discovery_counts_attempts_up_to_k():
+    low, mean, high = sdpo.discovery([5, None, 20, 7], 7)
+    assert mean == 0.5 and 0 <= low <= mean <= high <= 1
+    assert sdpo.discovery([1, 2], 2) == (1.0, 1.0, 1.0)
+
+
+def test_test_time_training_leaves_its_discoveries(tmp_path):
+    run(tmp_path, "--name", "tt", "--test_time", "--task", "chain:7", "--questions", "2", "--seeds", "1", "--budget", "8",
+        "--batch_size", "1", "--max_tokens", "80")
+    found = json.loads((tmp_path / "tt" / "discovery.json").read_text())
+    assert found["budget"] == 8 and found["solved_at"].keys() == {"SDPO", "best-of-k", "multi-turn"}
+    assert all(len(times) == 2 and all(t is None or 1 <= t <= 8 for t in times) for times in found["solved_at"].values())
+    assert (tmp_path / "tt" / "discovery.png").exists()
+
+
+def test_a_rollouts_own_success_is_not_its_demonstration():
+    problem = Problem("p", [{"role": "user", "content": "q"}])
+    group = sdpo.Group(problem, [Rollout([1], [2], [0.0], "stop", "mine"), Rollout([1], [3], [0.0], "stop", "x")],
+                       [Verdict(1.0), Verdict(0.0)])
+    chosen = sdpo.choose_siblings([v.reward for v in group.verdicts], random.Random(0))
+    assert chosen == [None, 0]

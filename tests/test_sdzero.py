@@ -1,0 +1,278 @@
+"""sdzero.py: the weighted likelihood of phase 1, the KL of phase 2 against brute force, traces that survive a kill."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import CHAIN, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_run import assert_same_run, metrics, weights
+
+import sdzero
+from common.policy import load_tokenizer
+from common.run import parse
+from common.sampler import Rollout
+from common.tasks import load_task
+from common.verifiers import final_part
+from kernels.head import head_loss
+
+V, D = 9, 4
+f64 = dict(dtype=torch.float64)
+
+
+def some_trace(init=3, control=2, revised=4, **other) -> sdzero.Trace:
+    t = dict(id="q", r=0, right=True, prompt_ids=[1], init_ids=[2] * init, control_ids=[3] * control,
+             revised_ids=list(range(revised)), text="")
+    return sdzero.Trace(**{**t, **other})
+
+
+@pytest.mark.parametrize("terms", ["both", "generation", "revision"])
+def test_one_weighted_forward_is_both_likelihoods(terms, one_process):
+    """Eq. 3 with weights 1, 1, 2 against L_generation and L_revision computed one after the other."""
+    g = torch.Generator().manual_seed(0)
+    trace = some_trace()
+    T = 9
+    hidden, head = (torch.randn(n, D, generator=g, **f64) for n in (T, V))
+    targets = torch.randint(0, V, (T,), generator=g)
+    h1, w1 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    share = sdzero.token_share([T], "sum")
+    batch = sdzero.Tokens(torch.tensor(sdzero.trace_weights(trace, terms), **f64) * share)
+    total, _ = head_loss(sdzero.srt_loss, h1, w1, targets, batch)
+    total.backward()
+    h2, w2 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    logp = torch.log_softmax(h2 @ w2.T, -1)[torch.arange(T), targets]
+    generation, revision = -logp.sum(), -logp[5:].sum()  # y_init and P_r are the first five tokens
+    expected = {"both": generation + revision, "generation": generation, "revision": revision}[terms]
+    expected.backward()
+    for a, b in ((total, expected), (h1.grad, h2.grad), (w1.grad, w2.grad)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("flags", [{}, {"kl": "forward"}, {"kl": "mixed"}, {"mean": "token"}, {"kl": "mixed", "top_k": 3},
+                                   {"temperature": 0.7}], ids=str)
+def test_equation_4_equals_brute_force(flags, one_process):
+    args = sdzero.Args(**flags)
+    g = torch.Generator().manual_seed(1)
+    lengths = [4, 2, 5]
+    T = sum(lengths)
+    hidden, teacher_hidden = (torch.randn(T, D, generator=g, **f64) for _ in range(2))
+    head, teacher_head = (torch.randn(V, D, generator=g, **f64) for _ in range(2))
+
+    class Micro:
+        targets = torch.randint(0, V, (T,), generator=g)
+
+    h1, w1 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    batch = sdzero.Tokens(torch.full((T,), sdzero.token_share(lengths, args.mean), **f64))
+    total, _ = sdzero.head(Micro, batch, (teacher_hidden, teacher_head), args)(h1, w1)
+    total.backward()
+    h2, w2 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    zs, zt = h2 @ w2.T / args.temperature, teacher_hidden @ teacher_head.T / args.temperature
+    L = torch.zeros((), **f64)
+    for t in range(T):
+        chosen = sorted(range(V), key=lambda v: -float(zt[t, v]))[: args.top_k or V]  # the teacher's, renormalised
+        p, q = torch.softmax(zs[t, chosen], -1), torch.softmax(zt[t, chosen], -1)
+        reverse = sum(a * (a.log() - b.log()) for a, b in zip(p, q))
+        forward = sum(b * (b.log() - a.log()) for a, b in zip(p, q))
+        L = L + {"reverse": reverse, "forward": forward, "mixed": 0.5 * reverse + 0.5 * forward}[args.kl]
+    L = L / (T if args.mean == "token" else len(lengths))
+    L.backward()
+    for a, b in ((total, L), (h1.grad, h2.grad), (w1.grad, w2.grad)):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_the_end_token_of_the_first_copy_is_stripped_and_of_the_second_kept():
+    tokenizer = load_tokenizer(CHAIN)
+    end = tokenizer.eos_token_id
+    stopped, cut = Rollout([7, 8], [5, 6, end], [0.0] * 3, "stop", ""), Rollout([7, 8], [5, 6], [0.0] * 2, "length", "")
+    for r in (0, 1):
+        control = tokenizer.encode(f"\n\n{sdzero.CONTROL[r]}\n\n", add_special_tokens=False)
+        assert sdzero.reviser_prompt(stopped, r, tokenizer, [end]) == [7, 8, 5, 6, *control]
+        assert sdzero.reviser_prompt(cut, r, tokenizer, [end]) == [7, 8, 5, 6, *control]
+        assert end not in control
+    assert stopped.response_ids[-1] == end  # what the teacher is made to say again is left as it is
+
+
+def test_the_answer_is_taken_after_the_last_control_phrase():
+    wrong, right = "I think \\boxed{4}.", "It is \\boxed{5}."
+    text = f"{wrong}\n\n{sdzero.CONTROL[0]}\n\n{right}\n\n{sdzero.CONTROL[1]}\n\nSo 5 it is."
+    assert final_part(text).strip() == "So 5 it is." and final_part(wrong) == wrong
+    verifier, problem = sdzero.Verifier(1), sdzero.Problem("p", [], answer="5")
+    responses = [f"{right}\n\n{sdzero.CONTROL[0]}\n\nIt is six.", f"{wrong}\n\n{sdzero.CONTROL[0]}\n\nThe answer is 5", wrong]
+    rewards = [v.reward for v in verifier([problem] * 3, responses)]
+    verifier.close()
+    assert rewards == [0.0, 1.0, 0.0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1), st.booleans(), st.integers(0, 5)), max_size=40),
+       st.integers(1, 20), st.floats(0, 1), st.integers(1, 4))
+@settings(deadline=None)
+def test_only_verified_revisions_enter_within_the_caps(rows, kept, wrong_share, per_question):
+    traces = [some_trace(id=str(q), r=r, right=right, revised=n) for q, r, right, n in rows]
+    args = sdzero.Args(kept_traces=kept, wrong_share=wrong_share, per_question=per_question)
+    chosen = sdzero.select(traces, args)
+    assert all(t.right for t in chosen) and len(chosen) <= kept
+    assert len({(t.id, tuple(t.init_ids), tuple(t.revised_ids)) for t in chosen}) == len(chosen)
+    for q in range(4):
+        assert sum(t.id == str(q) for t in chosen) <= per_question
+    wrong = sum(t.r == 0 for t in chosen)
+    if 0 < wrong_share < 1 and chosen:
+        assert len(chosen) - wrong <= round(wrong * (1 - wrong_share) / wrong_share)
+
+
+def test_the_mix_is_even_where_there_is_enough():
+    traces = [some_trace(id=str(i), r=i % 2) for i in range(100)]
+    chosen = sdzero.select(traces, sdzero.Args(kept_traces=40, wrong_share=0.5))
+    assert len(chosen) == 40 and sum(t.r == 0 for t in chosen) == 20
+
+
+def test_the_schedule_of_phase_1_warms_up_and_ends_at_zero():
+    args = sdzero.Args(srt_lr=1.0, srt_warmup=0.1)
+    lr = [sdzero.srt_lr(u, 100, args) for u in range(100)]
+    assert lr[0] == pytest.approx(0.1) and max(lr) == 1.0 and lr[-1] < 0.001
+    assert all(a <= b for a, b in zip(lr[:10], lr[1:10])) and all(a >= b for a, b in zip(lr[10:], lr[11:]))
+
+
+@given(st.lists(st.floats(0, 10), min_size=20, max_size=200))
+@settings(deadline=None)
+def test_self_localisation_sorts_and_keeps_the_mean(kl):
+    found = sdzero.localisation(torch.tensor(kl, **f64))
+    assert len(found) == 20 and all(a >= b - 1e-12 for a, b in zip(found, found[1:]))
+    if len(kl) % 20 == 0:
+        assert sum(found) / 20 == pytest.approx(sum(kl) / len(kl), abs=1e-9)
+
+
+SMALL = ["--demo", "--model", CHAIN, "--heldout", "8", "--srt_questions", "16", "--collect_batch", "4", "--kept_traces", "24",
+         "--srt_batch", "8", "--srt_epochs", "1", "--sd_questions", "24", "--batch_size", "8", "--eval_every", "3",
+         "--max_tokens", "96"]
+
+
+def run(out, *flags):
+    sdzero.main(parse(sdzero.Args, sdzero.presets, [*SMALL, "--out", str(out), *flags]))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    run(out, "--name", "whole", "--rounds", "2", "--save_every", "1", "--keep", "100")
+    return out / "whole"
+
+
+def updates(folder) -> int:
+    return sum(row["phase"] == 1 for row in metrics(folder) if "phase" in row)
+
+
+def test_both_phases_run_and_report(whole):
+    rows = metrics(whole)
+    n = updates(whole)
+    assert n >= 1 and sum(row.get("phase") == 2 for row in rows) == 6  # 24 questions by 8, twice
+    assert {"srt/loss", "budget/loss_tokens"} <= rows[0].keys()
+    assert {"kl/right", "kl/wrong", "teacher/copies_wrong", "teacher/entropy", "revise/pass@1", "heldout/length",
+            "heldout/keyword_rate", "budget/sampled_tokens"} <= rows[n].keys()
+    assert (whole / "self_localisation.png").exists() and (whole / "traces.jsonl").exists()
+
+
+def test_the_phases_never_share_a_question(whole):
+    phase1 = {row["id"] for row in map(json.loads, (whole / "traces.jsonl").read_text().splitlines()) if "id" in row}
+    phase2 = {row["id"] for row in map(json.loads, (whole / "rollouts.jsonl").read_text().splitlines())}
+    heldout = {p.id for p in load_task("chain", heldout=8).heldout}
+    assert phase1 and phase2 and not phase1 & phase2 and not (phase1 | phase2) & heldout
+
+
+def test_collection_counts_what_it_sampled(whole):
+    traces, batches, _ = sdzero.read_traces(whole / "traces.jsonl")
+    assert len(batches) == 4 and sum(b["generations"] for b in batches) == 16 + 48 and len(traces) == 48
+    inits = {(t.id, tuple(t.init_ids)) for t in traces}
+    assert sum(b["sampled_tokens"] for b in batches) >= sum(len(t.revised_ids) for t in traces) + len(inits)
+
+
+def test_the_teacher_is_the_student_after_phase_1_and_after_a_sync_bitwise(whole):
+    """The teacher's weights in a checkpoint against the student's at the moment of the copy."""
+    n = updates(whole)
+
+    def teacher(step: int) -> dict[str, torch.Tensor]:
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        out = whole / f"state-{step}.pt"
+        dcp_to_torch_save(whole / "checkpoints" / f"step_{step:06d}" / "state", out)
+        return torch.load(out, weights_only=False)["teacher"]
+
+    for at, copied_from in ((n + 1, n), (n + 3, n), (n + 4, n + 3), (n + 6, n + 3)):
+        student = weights(whole, copied_from)
+        found = teacher(at)
+        assert all(torch.equal(found[f"lm.{name}"], w) for name, w in student.items() if f"lm.{name}" in found), at
+        assert sum(f"lm.{name}" in found for name in student) > 40
+
+
+@pytest.mark.parametrize("stop", ["srt", "boundary", "sd"])
+def test_a_resume_in_either_phase_is_bitwise(stop, whole, tmp_path):
+    """From a checkpoint in phase 1, at the boundary, and in phase 2, to the end of the undisturbed run."""
+    n = updates(whole)
+    step = {"srt": 1, "boundary": n, "sd": n + 2}[stop]
+    target = tmp_path / "whole"
+    target.mkdir()
+    for name in ("traces.jsonl", "metrics.jsonl", "rollouts.jsonl"):
+        (target / name).write_bytes((whole / name).read_bytes())
+    checkpoint = whole / "checkpoints" / f"step_{step:06d}"
+    run(tmp_path, "--name", "whole", "--rounds", "2", "--resume", str(checkpoint))
+    assert_same_run(whole, target, n + 6)
+
+
+def test_a_kill_in_the_middle_of_the_collection_goes_on_where_it_stopped(whole, tmp_path):
+    command = [sys.executable, "sdzero.py", *SMALL, "--out", str(tmp_path), "--name", "killed", "--phase", "srt", "--resume", "auto"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path, deadline = tmp_path / "killed" / "traces.jsonl", time.time() + 120
+    while time.time() < deadline and not (path.exists() and b'"batch"' in path.read_bytes()):
+        assert process.poll() is None, "the run ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = path.read_bytes()
+    with open(path, "ab") as f:  # what a kill in the middle of an append leaves
+        f.write(json.dumps(some_trace()._asdict()).encode() + b'\n{"id": "half a li')
+    run(tmp_path, "--name", "killed", "--phase", "srt", "--resume", "auto")
+    assert path.read_bytes().startswith(kept) and path.read_bytes() == (whole / "traces.jsonl").read_bytes()
+
+
+def test_traces_of_another_run_are_used_as_they_are(whole, tmp_path):
+    run(tmp_path, "--name", "again", "--phase", "srt", "--traces", str(whole / "traces.jsonl"))
+    n = updates(whole)
+    a, b = weights(tmp_path / "again", n), weights(whole, n)
+    assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path / "again" / "traces.jsonl").exists()
+
+
+@pytest.mark.parametrize("baseline", ["rft", "sft"])
+def test_baselines_train_on_their_own_data(baseline, tmp_path):
+    run(tmp_path, "--name", baseline, "--phase", "srt", "--baseline", baseline)
+    traces, batches, _ = sdzero.read_traces(tmp_path / baseline / "traces.jsonl")
+    assert all(not t.init_ids and not t.control_ids for t in traces) and metrics(tmp_path / baseline)[0]["grad_norm"] > 0
+    assert sum(b["generations"] for b in batches) == (64 if baseline == "rft" else 0)
+
+
+def test_phase_2_alone_starts_from_the_model_as_it_is(tmp_path):
+    run(tmp_path, "--name", "sd", "--phase", "sd")
+    assert all(row["phase"] == 2 for row in metrics(tmp_path / "sd")[:-1])
+
+
+def test_no_right_revision_ends_with_advice(tmp_path):
+    with pytest.raises(SystemExit, match=r"no revision passed the verifier.*raise --srt_questions"):
+        run(tmp_path, "--name", "none", "--srt_max_tokens", "2")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--srt_questions", "4000", "--sd_questions", "4000"], "must not share a question"),
+    (["--baseline", "rft"], "add --phase srt"), (["--traces", "/nowhere.jsonl"], "no such file"),
+    (["--max_tokens", "900"], "reads a response twice")])
+def test_a_mistake_ends_with_one_clear_line(flags, words, tmp_path):
+    try:
+        with pytest.raises(SystemExit) as error:
+            run(tmp_path, "--name", "m", *flags)
+        assert re.search(words, str(error.value)) and "\n" not in str(error.value)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

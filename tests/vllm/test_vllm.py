@@ -1,0 +1,112 @@
+"""The vLLM engine for real, on a CPU: run by `make test-vllm` in an environment of its own."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import CHAIN, ROOT, torchrun
+
+from common.policy import full_weights, load_policy, load_tokenizer, micro_batches, optimizer_step, score
+from common.sampler import VLLMSampler, chat_ids
+from common.tasks import load_task
+from kernels.head import token_stats
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+CPU = torch.device("cpu")
+
+
+def engine_logps(sampler: VLLMSampler, rollouts) -> list[torch.Tensor]:
+    """The engine's log-probabilities of given ids, read as a prompt."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": o.prompt_ids + o.response_ids} for o in rollouts]
+    outputs = sampler.llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
+    found = []
+    for o, out in zip(rollouts, outputs):
+        rows = out.prompt_logprobs[len(o.prompt_ids) :]
+        found.append(torch.tensor([row[t].logprob for row, t in zip(rows, o.response_ids)]))
+    return found
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("bfloat16", 0.25)])
+def test_the_engine_agrees_with_the_trainer_and_follows_it(dtype, bound, one_process):
+    """The rollouts' own log-probabilities, and those of fixed ids after an optimizer step and a push of the weights:
+    they move, and are the trainer's (in bf16 within what rounding activations gives on this model)."""
+    tokenizer = load_tokenizer(CHAIN)
+    policy = load_policy(CHAIN, CPU)
+    sampler = VLLMSampler(CHAIN, tokenizer, CPU, dtype=dtype)
+    problems = load_task("chain", heldout=8).train[:6]
+    chats = [chat_ids(tokenizer, p.messages) for p in problems]
+    groups = sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=64)
+    rollouts = [o for g in groups for o in g]
+    assert len({o.text for o in groups[0]}) > 1, "the samples of a prompt must differ"
+    stopped = [o for o in rollouts if not o.truncated]
+    assert stopped and all(o.response_ids[-1] in sampler.ends for o in stopped)  # the end token is kept
+    cut = sampler.sample(chats[:1], 2, seed=(0,), keys=[0], max_tokens=3)[0]
+    assert all(o.truncated and len(o.response_ids) == 3 for o in cut)
+    again = sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=64)
+    if dtype == "float32":
+        assert [[o.response_ids for o in g] for g in again] == [[o.response_ids for o in g] for g in groups]
+
+    prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
+    before = [s.logp for s in score(policy, prompts, responses, 4096)]
+    gap = max((torch.tensor(o.logprobs) - b).abs().max().item() for o, b in zip(rollouts, before))
+    assert gap < bound
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    micro, = micro_batches(prompts, responses, range(len(rollouts)), 10**6, CPU)
+    (-policy(micro, lambda h, w: token_stats(h, w, micro.targets).logp.mean())).backward()
+    optimizer_step(policy, optimizer, 2e-3, 1.0)
+    sampler.rest()
+    sampler.load(full_weights(policy))
+    after = [s.logp for s in score(policy, prompts, responses, 4096)]
+    engine = engine_logps(sampler, rollouts)
+    moved = max((a - b).abs().max().item() for a, b in zip(after, before))
+    assert moved > 0.1
+    assert max((a - e).abs().max().item() for a, e in zip(after, engine)) < bound
+    # nothing cached of the old weights is used: what is sampled now is the new policy's
+    new = [o for g in sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=64) for o in g]
+    trained = [s.logp for s in score(policy, [o.prompt_ids for o in new], [o.response_ids for o in new], 4096)]
+    assert max((torch.tensor(o.logprobs) - t).abs().max().item() for o, t in zip(new, trained)) < bound
+    sampler.close()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # for the fixture
+
+
+SMALL = ["--demo", "--sampler", "vllm", "--batch_size", "4", "--heldout", "8", "--eval_every", "2"]
+THREE_STEPS = {
+    "grpo": ["--steps", "3"], "rlsd": ["--steps", "3"], "sdpo": ["--steps", "3"],
+    "hsd": ["--steps", "3", "--top_p", "1"],  # its 0.95 makes the sampler's distribution another one
+    "sdzero": ["--srt_questions", "8", "--kept_traces", "8", "--srt_batch", "8", "--srt_epochs", "1", "--sd_questions", "12",
+               "--max_tokens", "96"],
+}
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", list(THREE_STEPS))
+def test_every_file_trains_three_steps_and_ends_cleanly(name, tmp_path):
+    done = subprocess.run([sys.executable, f"{name}.py", *SMALL, *THREE_STEPS[name], "--out", str(tmp_path), "--name", "r"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    trained = [row for row in rows(tmp_path / "r") if "grad_norm" in row]
+    assert len(trained) >= 3 and all(row.get("mismatch/max_abs_dlogp", 0) < 1e-4 for row in trained)
+
+
+def test_two_processes_each_with_its_engine_train_and_end_cleanly(tmp_path):
+    done = torchrun(2, "grpo.py", *SMALL, "--steps", "3", "--out", str(tmp_path), "--name", "two")
+    assert "Traceback" not in done.stderr
+    trained = [row for row in rows(tmp_path / "two") if "grad_norm" in row]
+    assert len(trained) == 3 and all(row["mismatch/max_abs_dlogp"] < 1e-4 for row in trained)
+
+
+def test_without_vllm_the_error_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SystemExit, match=r"requirements-vllm.txt.*or take --sampler hf"):
+        VLLMSampler(CHAIN, load_tokenizer(CHAIN), CPU)
