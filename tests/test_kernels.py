@@ -528,7 +528,8 @@ def test_never_all_logits_and_for_a_frozen_head_never_its_gradient(monkeypatch):
                     lambda: weighted(token_stats(*c[:5]), c.weights).sum()):
             with Allocations() as made:
                 run().backward()
-            assert (20, 33) not in made.shapes and (5, 33) in made.shapes
+            rows = {shape[0] for shape in made.shapes if len(shape) == 2 and shape[1] >= 33}
+            assert 5 in rows and max(rows) == 5
             assert ((33, 7) in made.shapes) == (not frozen)
             assert (c.head.grad is None) == frozen
             c.head.grad = None

@@ -81,10 +81,10 @@ def test_the_end_token_is_trained_and_truncation_comes_from_the_finish_reason(on
     sampler, rollouts = some_rollouts(6, max_tokens=64)
     stopped = [o for o in rollouts if not o.truncated]
     assert stopped and all(o.response_ids[-1] in sampler.ends for o in stopped)
-    micro, = micro_batches([o.prompt_ids for o in stopped], [o.response_ids for o in stopped],
-                           range(len(stopped)), 10**6, CPU)
-    ends = torch.tensor(micro.lengths).cumsum(0) - 1
-    assert torch.isin(micro.targets[ends], torch.tensor(sampler.ends)).all()
+    for micro in micro_batches([o.prompt_ids for o in stopped], [o.response_ids for o in stopped],
+                               range(len(stopped)), 10**6, CPU):
+        ends = torch.tensor(micro.lengths).cumsum(0) - 1
+        assert torch.isin(micro.targets[ends], torch.tensor(sampler.ends)).all()
     _, cut = some_rollouts(6, max_tokens=3)
     assert all(o.truncated and o.finish_reason == "length" and len(o.response_ids) == 3 for o in cut)
     assert not any(set(o.response_ids) & set(sampler.ends) for o in cut)
@@ -100,7 +100,7 @@ def test_sampler_and_trainer_agree_and_move_together(one_process):
     gap = max((torch.tensor(o.logprobs) - b).abs().max() for o, b in zip(rollouts, before))
     assert gap < 1e-4
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    micro, = micro_batches(prompts, responses, range(len(rollouts)), 10**6, CPU)
+    micro = micro_batches(prompts, responses, range(len(rollouts)), 10**6, CPU)[0]
     (-policy(micro, lambda h, w: grpo.token_stats(h, w, micro.targets).logp.mean())).backward()
     assert optimizer_step(policy, optimizer, 1e-3, 1.0) > 0
     sampler.load(full_weights(policy))

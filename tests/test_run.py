@@ -26,7 +26,7 @@ def run_grpo(out, *flags: str) -> None:
 
 def metrics(folder) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "peak_gib"} for row in rows]
 
 
 def weights(folder, step: int) -> dict[str, torch.Tensor]:
