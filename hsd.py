@@ -166,7 +166,7 @@ class Args:
     """the embedded model and task, small enough for a laptop: the overrides in DEMO"""
 
 
-DEMO = dict(model="assets/chain", task="chain", group_size=8, batch_size=16, max_tokens=64, beta=0.0, lr=1e-4, steps=60,
+DEMO = dict(model="assets/chain", task="chain", group_size=8, batch_size=16, max_tokens=64, beta=0.0, lr=3e-4, steps=60,
             teacher="frozen", eval_every=10, eval_samples=2, save_every=40)
 
 

@@ -95,9 +95,11 @@ def main(args: Args) -> None:
                        "mean_length": statistics.mean(x for r in results for x in r["lengths"])}
     ratio = table["TRL"]["median_step_s"] / table["grpo.py"]["median_step_s"]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    typed = " ".join(sys.argv[1:]).replace(args.trl_python, "TRL_PYTHON")
+    names = {args.trl_python: "TRL_PYTHON", args.model: Path(args.model).name,  # the reader's paths are others
+             args.task: ":".join(Path(part).name for part in args.task.split(":"))}
+    typed = " ".join(names.get(word, word) for word in sys.argv[1:])
     result = {"command": f"python benchmarks/speed.py {typed}", "commit": commit.strip(),
-              "args": {k: v for k, v in asdict(args).items() if k != "trl_python"},
+              "args": {k: names.get(v, v) for k, v in asdict(args).items() if k != "trl_python"},
               "hardware": f"{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()})",
               "table": table, "times_faster": ratio, "runs": runs}
     path = ROOT / "results" / "speed" / f"{args.name}.json"
