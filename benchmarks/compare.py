@@ -38,7 +38,7 @@ from common.tasks import load_task
 from common.verifiers import Verifier
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAIN = ["--demo", "--steps", "60", "--eval_every", "5", "--eval_samples", "2"]  # 60 × 16 × 8 = 7,680 rollouts
+CHAIN = ["--demo", "--steps", "40", "--eval_every", "8"]  # 40 × 16 × 8 = 5,120 rollouts
 ZERO = ["--demo", "--eval_every", "10", "--wrong_share", "0.5"]
 HSD = ["hsd.py", *CHAIN, "--beta", "0"]
 
@@ -49,7 +49,7 @@ class Method:
     rate: str = "--lr"  # the flag that is tuned
 
 
-METHODS = {  # 7,680 rollouts each; what is not said is the demo's (the table prints every command)
+METHODS = {  # 5,120 rollouts each; what is not said is the demo's (the table prints every command)
     "GRPO": Method(["grpo.py", *CHAIN]),
     "Dr. GRPO": Method(["grpo.py", *CHAIN, "--loss", "dr_grpo"]),
     "DAPO, no refill": Method(["grpo.py", *CHAIN, "--loss", "dapo", "--dynamic_sampling", "0"]),
@@ -63,14 +63,14 @@ METHODS = {  # 7,680 rollouts each; what is not said is the demo's (the table pr
     "OPSD solution": Method([*HSD, "--teacher", "frozen", "--context", "solution"]),
     "SDFT": Method([*HSD, "--teacher", "ema", "--teacher_rate", "0.01", "--context", "solution"]),
     "GRPO+OPSD": Method([*HSD, "--teacher", "live", "--context", "answer", "--grpo_mix", "0.5"]),
-    "SD-Zero": Method(["sdzero.py", *ZERO, "--srt_questions", "960", "--sd_questions", "3136", "--batch_size", "64",
-                       "--rounds", "1"]),  # 960 + 2,880, then 49 × 64 = 3,136, and 704 left over
-    "SRT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--srt_questions", "1920", "--sd_questions", "64",
-                   "--kept_traces", "3000"], "--srt_lr"),
-    "SD only": Method(["sdzero.py", *ZERO, "--phase", "sd", "--srt_questions", "16", "--sd_questions", "3840", "--rounds",
+    "SD-Zero": Method(["sdzero.py", *ZERO, "--srt_questions", "640", "--sd_questions", "2560", "--batch_size", "64",
+                       "--rounds", "1"]),  # 640 + 3 × 640, then 40 × 64
+    "SRT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--srt_questions", "1280", "--sd_questions", "64",
+                   "--kept_traces", "2000"], "--srt_lr"),
+    "SD only": Method(["sdzero.py", *ZERO, "--phase", "sd", "--srt_questions", "16", "--sd_questions", "2560", "--rounds",
                        "2", "--batch_size", "64"]),
-    "RFT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--baseline", "rft", "--srt_questions", "1920", "--sd_questions",
-                   "64", "--kept_traces", "3000"], "--srt_lr"),
+    "RFT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--baseline", "rft", "--srt_questions", "1280", "--sd_questions",
+                   "64", "--kept_traces", "2000"], "--srt_lr"),
 }
 
 
@@ -84,7 +84,7 @@ class Grid:
 
 
 GRIDS = {
-    "chain": Grid(list(METHODS), (100, 101), (0, 1, 2, 3, 4), (3e-5, 1e-4, 3e-4)),
+    "chain": Grid(list(METHODS), (100,), (0, 1, 2, 3, 4), (1e-4, 3e-4)),
 }
 
 
