@@ -1,0 +1,369 @@
+"""What the pages say is so: metrics, links, commands, equation → line tables, flags, and the sixth method, built from its
+page. A page that drifts from the code fails here."""
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import CHAIN, ROOT
+from test_house import ALGORITHMS, code_lines
+
+from common.run import parse
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+METHOD_PAGES = [ROOT / "docs" / f"{name}.md" for name in ALGORITHMS]
+METRICS = ROOT / "docs" / "metrics.md"
+SIXTH = ROOT / "docs" / "sixth.md"
+by_name = lambda page: str(page.relative_to(ROOT))  # ids of parametrized pages
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def fenced(page: Path, *kinds: str) -> list[tuple[str, str]]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [(kind, body) for kind, body in blocks if kind in kinds]
+
+
+def code_spans(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def rows(page: Path, heading: str) -> list[list[str]]:
+    """Cells of every table whose header begins with `heading`."""
+    found, inside = [], False
+    for line in prose(page).splitlines():
+        if not line.startswith("|"):
+            inside = False
+        elif line.startswith(f"| {heading} |"):
+            inside = True
+        elif inside and not line.startswith("|--"):
+            found.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics.md
+# ---------------------------------------------------------------------------------------------------------------------
+SMALL = ["--demo", "--model", CHAIN, "--max_tokens", "48", "--heldout", "8", "--eval_samples", "1"]
+GROUPS = [*SMALL, "--steps", "2", "--batch_size", "4", "--group_size", "4"]
+RUNS = {  # small, and with every part on that logs something of its own
+    "grpo": [*GROUPS, "--beta", "0.01"], "rlsd": GROUPS, "sdpo": GROUPS, "hsd": [*GROUPS, "--beta", "0.01"],
+    "sdzero": [*SMALL, "--eval_samples", "1", "--srt_questions", "8", "--collect_batch", "8", "--kept_traces", "8",
+               "--srt_batch", "4", "--srt_epochs", "1", "--sd_questions", "16", "--batch_size", "8", "--max_tokens", "96"],
+}
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory) -> dict[str, set[str]]:
+    """Each file's metrics in a run of a few steps."""
+    out, found = tmp_path_factory.mktemp("metrics"), {}
+    for name in ALGORITHMS:
+        module = importlib.import_module(name)
+        module.main(parse(module.Args, module.presets, [*RUNS[name], "--out", str(out), "--name", name]))
+        lines = (out / name / "metrics.jsonl").read_text().splitlines()
+        found[name] = {key for line in lines for key in json.loads(line)}
+    return found
+
+
+def documented() -> dict[str, set[str]]:
+    """What metrics.md says that each file logs."""
+    out: dict[str, set[str]] = {name: set() for name in ALGORITHMS}
+    for names, _, files, *_ in rows(METRICS, "name"):
+        for name in ALGORITHMS if files == "all" else files.split():
+            out[name] |= set(code_spans(names))
+    return out
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_logged_metric_is_explained(name, logged):
+    assert logged[name] - documented()[name] == set()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_explained_metric_is_logged(name, logged):
+    """By the run here, or by a literal of the source where it takes other flags or luck (a group of every difficulty)."""
+    literals = []
+    for path in (ROOT / f"{name}.py", *(ROOT / "common").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                literals.append(re.escape(node.value))
+            elif isinstance(node, ast.JoinedStr):  # f"peak/{bin}"; not f"{a}/{b}", which would be everything
+                parts = [re.escape(v.value) if isinstance(v, ast.Constant) else r"\w+" for v in node.values]
+                literals += ["".join(parts)] if isinstance(node.values[0], ast.Constant) else []
+    patterns = re.compile("|".join(literals))
+    assert {m for m in documented()[name] - logged[name] if not patterns.fullmatch(m)} == set()
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=by_name)
+def test_a_pages_own_metrics_are_in_metrics_md(page):
+    names = {n for cells in rows(page, "name") for n in code_spans(cells[0])}
+    assert names and names <= documented()[page.stem]
+
+
+def test_every_metric_says_what_it_catches():
+    for names, _, _, healthy, *_ in rows(METRICS, "name"):
+        assert len(healthy) > 10, names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# links and files
+# ---------------------------------------------------------------------------------------------------------------------
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_link_leads_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_result_that_is_named_exists(page):
+    named = re.findall(r"results/[\w\-./]*[\w/]", page.read_text())
+    missing = {n for n in named if not re.search(r"NAME|SUBJECT", n) and not (ROOT / n).exists()}
+    assert not missing
+
+
+def test_the_index_has_every_page():
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
+    assert linked == {p.name for p in PAGES if p.parent.name == "docs" and p.name != "README.md"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands and flags
+# ---------------------------------------------------------------------------------------------------------------------
+@cache
+def settings_of(script: str):
+    """The module of an algorithm file or benchmark that tyro reads; None where it is argparse or takes no flags."""
+    path = ROOT / script
+    if "class Args" not in path.read_text():
+        return None
+    if script in {f"{a}.py" for a in ALGORITHMS}:
+        return importlib.import_module(path.stem)
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def flags_of(script: str) -> set[str]:
+    module = settings_of(script)
+    if module is not None:
+        fields = dataclasses.fields(module.Args)
+        return {f"--{f.name}" for f in fields} | {f"--no-{f.name}" for f in fields if f.type in ("bool", bool)}
+    return set(re.findall(r"add_argument\(\"(--\w+)\"", (ROOT / script).read_text()))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of a page: fenced bash, indented lines, code spans with a script."""
+    text = "".join(body for _, body in fenced(page, "bash", "sh", "shell")).replace("\\\n", " ")
+    lines = text.splitlines() + re.findall(r"^    ((?:python|torchrun) .+)$", prose(page), re.MULTILINE)
+    lines += [s for s in code_spans(prose(page)) if re.match(r"(python |torchrun )?(benchmarks/)?\w+\.py --\w", s)]
+    found = []
+    for line in lines:
+        for part in re.split(r"&&|\|\||[|;>]", line.split("#")[0]):
+            if words := shlex.split(part):
+                found.append([w for w in words if w not in ("…", "...")])
+    return found
+
+
+def test_commands_are_found():
+    """The reader of commands sees those that are there."""
+    assert len(commands(ROOT / "README.md")) >= 8 and all(len(commands(p)) >= 5 for p in METHOD_PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_command_can_be_typed(page):
+    """Its script or make target exists, and what follows is read without error: names, types and choices of flags."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    made = {words[2] for words in commands(page) if words[0] == "cp"}  # files that the page itself makes
+    for words in commands(page):
+        if words[0] == "make":
+            assert set(words[1:]) <= set(targets), words
+        for file in (w for w in words if re.fullmatch(r"[\w-]+(/[\w-]+)*\.(py|txt|sh)", w)):
+            assert (ROOT / file).exists() or file in made, words
+        scripts = [w for w in words if w.endswith(".py") and (ROOT / w).exists()]
+        if not scripts or words[0] in ("cp", "diff"):
+            continue
+        argv = words[words.index(scripts[0]) + 1 :]
+        if "--help" in argv:
+            continue
+        unknown = {w for w in argv if re.match(r"--[a-zA-Z]", w)} - flags_of(scripts[0])
+        assert not unknown, f"{' '.join(words)}: {unknown}"
+        module = settings_of(scripts[0])
+        if module is not None and hasattr(module, "presets"):
+            try:
+                parse(module.Args, module.presets, argv)
+            except SystemExit:
+                pytest.fail(f"{' '.join(words)} is refused")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_flag_in_the_prose_exists(page):
+    scripts = [f"{a}.py" for a in ALGORITHMS] + [f"benchmarks/{p.name}" for p in (ROOT / "benchmarks").glob("*.py")]
+    own = [f"{page.stem}.py"] if page in METHOD_PAGES else scripts
+    known = set().union(*map(flags_of, own)) | {"--help"}
+    if page == SIXTH:
+        known |= {"--confidence"}  # of the file that the page makes
+    spans = [s for s in code_spans(prose(page)) if not re.search(r"\.py|torchrun|pip ", s)]
+    assert {f for s in spans for f in re.findall(r"--[a-z][\w-]*", s)} - known == set()
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=by_name)
+def test_a_page_mentions_every_setting_of_its_method(page):
+    """Those that fewer than four of the files have; the common ones are explained by --help."""
+    fields = {name: [f.name for f in dataclasses.fields(importlib.import_module(name).Args)] for name in ALGORITHMS}
+    count = [f for names in fields.values() for f in names]
+    own = {f for f in fields[page.stem] if count.count(f) < 4}
+    text = " ".join([*code_spans(prose(page)), *(" ".join(c) for c in commands(page))])
+    assert {f for f in own if not re.search(rf"--{f}\b", text)} == set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the pages of the methods
+# ---------------------------------------------------------------------------------------------------------------------
+@cache
+def names_in(path: Path) -> set[str]:
+    """Every name that a Python file defines, at any depth: functions, classes, variables, arguments, fields."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.keyword):
+            found.add(node.arg)
+    return found
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=by_name)
+def test_every_line_of_the_equation_table_is_there(page):
+    """Its names stand in the page's file, or in the file that the cell names; its files exist."""
+    table = rows(page, "in the paper")
+    assert len(table) >= 6
+    for paper, ours in table:
+        spans = code_spans(ours)
+        files = [ROOT / s for s in spans if re.fullmatch(r"[\w/]+\.py", s)]
+        assert all(f.exists() for f in files), paper
+        known = set().union(*map(names_in, [ROOT / f"{page.stem}.py", *files]))
+        for span in spans:
+            if re.fullmatch(r"\w+", span):
+                assert span in known, f"{paper}: {span}"
+            elif not span.endswith(".py"):  # a flag, a file that a run leaves
+                assert span.removeprefix("--") in (ROOT / f"{page.stem}.py").read_text(), f"{paper}: {span}"
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=by_name)
+def test_a_method_page_has_its_parts(page):
+    text = prose(page)
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    titles = {part.splitlines()[0]: part for part in parts[1:]}
+    for title in ("Usage", "From equation to line", "Details that decide whether it works", "Metrics", "Change it"):
+        assert title in titles, title
+    assert len(re.findall(r"^\d\. ", titles["Details that decide whether it works"], re.MULTILINE)) >= 6
+    full = page.read_text().split("## Change it")[1].split("\n## ")[0]
+    assert re.findall(r"^### (\d)\.", full, re.MULTILINE) == ["1", "2", "3"] and full.count("```bash") >= 3
+    exercises = re.split(r"^### \d\..*$", full, flags=re.MULTILINE)[1:]
+    functions = names_in(ROOT / f"{page.stem}.py")
+    for text in exercises:  # each edits something that is there, runs something, and tests a claim
+        assert any(s in functions for s in code_spans(text)) and "```bash" in text and "claim" in text.lower()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sixth method
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def sixth(tmp_path_factory):
+    """srpo.py as its page makes it: (path, module)."""
+    source = (ROOT / "sdpo.py").read_text()
+    for kind, body in fenced(SIXTH, "docstring", "diff", "delete"):
+        lines = body.splitlines()
+        if kind == "docstring":
+            source = body + source[source.index('"""\n', 3) + 4 :]
+        elif kind == "delete":
+            first = "\n".join(["", *lines[:-1], ""])
+            assert source.count(first) == 1, f"docs/sixth.md deletes from what does not stand in sdpo.py once:{first}"
+            start = source.index(first) + 1
+            source = source[:start] + source[source.index("\n" + lines[-1], start) + 1 :]
+        else:
+            old = "".join(line[1:] + "\n" for line in lines if line[:1] != "+")
+            new = "".join(line[1:] + "\n" for line in lines if line[:1] != "-")
+            assert source.count(old) == 1, f"docs/sixth.md changes what does not stand in sdpo.py once:\n{old}"
+            source = source.replace(old, new)
+    path = tmp_path_factory.mktemp("sixth") / "srpo.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("srpo", path)
+    module = sys.modules["srpo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield path, module
+    del sys.modules["srpo"]
+
+
+def test_the_sixth_method_keeps_the_rules_of_the_house(sixth):
+    path, module = sixth
+    assert code_lines(path) <= 450
+    ruff = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "ruff.toml"), str(path)]
+    done = subprocess.run(ruff, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    left = {f.name for f in dataclasses.fields(module.Args) if f"args.{f.name}" not in path.read_text()}
+    shared = "".join(p.read_text() for p in (ROOT / "common").glob("*.py"))
+    assert {f for f in left if not re.search(rf"args\.{f}\b", shared)} == set(), "settings without effect"
+
+
+def test_the_sixth_methods_own_test_passes(sixth, one_process):
+    (_, body), = fenced(SIXTH, "python")
+    namespace: dict = {}
+    exec(compile(body, "docs/sixth.md", "exec"), namespace)
+    tests = [value for name, value in namespace.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test(one_process)
+
+
+@pytest.mark.parametrize("function, wrong", [
+    ("routed", lambda rewards, hinted: hinted), ("entropy_weights", lambda entropy, z, beta: [(-beta * h).exp() for h in entropy])])
+def test_the_sixth_methods_own_test_can_fail(function, wrong, sixth, one_process, monkeypatch):
+    monkeypatch.setattr(sixth[1], function, wrong)
+    (_, body), = fenced(SIXTH, "python")
+    namespace: dict = {}
+    exec(compile(body, "docs/sixth.md", "exec"), namespace)
+    with pytest.raises(AssertionError):
+        namespace["test_loss_and_gradient_equal_brute_force"](one_process)
+
+
+def test_the_sixth_methods_examples_hold(sixth):
+    import doctest
+
+    assert doctest.testmod(sixth[1]).failed == 0
+
+
+def test_the_sixth_method_trains(sixth, tmp_path):
+    module = sixth[1]
+    module.main(parse(module.Args, module.presets, [*GROUPS, "--out", str(tmp_path), "--name", "srpo", "--minibatches", "2"]))
+    found = [json.loads(line) for line in (tmp_path / "srpo" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["frac_distilled"] < 1 and row["grad_norm"] > 0 for row in found[:2])
+    assert any(row.get("heldout/pass@1") is not None for row in found)
