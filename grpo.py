@@ -29,7 +29,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.policy import Micro, full_weights, load_policy, load_tokenizer, micro_batches, optimizer_step, score
+from common.policy import (
+    Micro,
+    frozen_copy,
+    full_weights,
+    load_policy,
+    load_tokenizer,
+    make_optimizer,
+    micro_batches,
+    optimizer_step,
+    score,
+)
 from common.run import Run, parse, require, within
 from common.sampler import Rollout, chat_ids, make_sampler
 from common.tasks import Problem, load_task, take
@@ -124,6 +134,12 @@ class Args:
     """read a prompt once for all its responses in the update: pays where responses are not much longer than prompts"""
     checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    lora_rank: int = 0
+    """train adapters of this rank on a frozen base, with a learning rate of about ten times; 0 trains all weights"""
+    lora_alpha: float = 32.0
+    """adapters add alpha/rank·B·A to a weight"""
+    optimizer_state: Literal["fp32", "bf16", "offload"] = "fp32"
+    """AdamW's moments: 8 bytes a trained weight, 4, or 8 in the CPU's memory"""
     workers: int = 4
     """verdicts at a time"""
     allow_unsafe_exec: bool = False
@@ -283,9 +299,10 @@ def main(args: Args) -> None:
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
                      data_dir=args.data_dir, against=args.against)
     tokenizer = load_tokenizer(args.model)
-    policy = load_policy(args.model, run.device, checkpointing=args.checkpointing)
-    reference = load_policy(args.model, run.device).requires_grad_(False) if args.beta > 0 else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
+                         lora_alpha=args.lora_alpha)
+    reference = frozen_copy(policy, args.model, run.device) if args.beta > 0 else None
+    optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, weight_decay=args.weight_decay)
     sampler = make_sampler(args, tokenizer, run.device)
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900

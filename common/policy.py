@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kernels.adamw import LeanAdamW
 from kernels.head import TokenStats, token_stats
 
 
@@ -53,9 +54,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(path: str, device: torch.device, *, checkpointing: bool = False) -> Policy:
+def load_policy(path: str, device: torch.device, *, checkpointing: bool = False, lora_rank: int = 0,
+                lora_alpha: float = 32.0) -> Policy:
     """Load the causal LM at `path` in fp32 and shard it over all ranks (FSDP2; bf16 compute on CUDA).
 
+    lora_rank: above 0, freeze it (in bf16 on CUDA) and train fp32 adapters of that rank on all linear layers but the
+    head; they add alpha/rank·B·A to a weight, and B starts at 0.
     Raises SystemExit where there is no model, or where its logits are not hidden·Wᵀ (a soft cap, a scale, a bias): the
     losses here are made from hidden states and W, and would be wrong in silence.
     """
@@ -70,6 +74,17 @@ def load_policy(path: str, device: torch.device, *, checkpointing: bool = False)
                          "bias), which the fused head does not compute; use another architecture")
     if checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in lm.modules():  # layers heed it in training mode alone; what is in them stays in eval mode
+            module.training = getattr(module, "gradient_checkpointing", False)
+    if lora_rank > 0:
+        from peft import LoraConfig, inject_adapter_in_model  # slow to import
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # every rank draws the same A
+            inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"), lm)
+        for p in lm.parameters():
+            if not p.requires_grad and device.type == "cuda":
+                p.data = p.data.bfloat16()  # what it is computed with: the trained weights alone need more
     return shard(Policy(lm), device)
 
 
@@ -216,21 +231,77 @@ def score(policy: Policy, prompts: Sequence[list[int]], responses: Sequence[list
 # ---------------------------------------------------------------------------------------------------------------------
 # weights
 # ---------------------------------------------------------------------------------------------------------------------
+class Adapters(nn.Module):
+    """A teacher or reference beside a LoRA policy: adapters of its own, which the policy wears while this one reads. So
+    the base is there once. Until they are blended they are the policy's of now: with B = 0 at the start, no change."""
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.__dict__.update(policy=policy, lm=policy.lm)  # not submodules: their weights are not this model's
+        self.own = nn.ParameterList(nn.Parameter(p.detach().clone(), requires_grad=False) for p in moved(policy))
+
+    @torch.no_grad()
+    def forward(self, micro: Micro, head: Callable):
+        self.swap()
+        try:
+            return self.policy(micro, head)
+        finally:
+            self.swap()
+
+    def swap(self) -> None:
+        self.reshard()
+        for mine, theirs in zip(self.own, moved(self.policy)):
+            mine, theirs = mine.to_local(), theirs.to_local()
+            held = mine.clone()
+            mine.copy_(theirs)
+            theirs.copy_(held)
+
+    def reshard(self) -> None:
+        self.policy.reshard()
+
+
+def frozen_copy(policy: Policy, path: str, device: torch.device) -> Policy | Adapters:
+    """The start of training as a teacher or reference. Called before anything moves `policy`, which was loaded from
+    `path` as well."""
+    lora = any(".lora_" in name for name, _ in policy.named_parameters())
+    return Adapters(policy) if lora else load_policy(path, device).requires_grad_(False)
+
+
+def moved(model: Policy | Adapters) -> list[nn.Parameter]:
+    """What training moves: the adapters where there are some, else all weights."""
+    return [p for name, p in model.named_parameters() if ".lora_" in name] or list(model.parameters())
+
+
+def make_optimizer(policy: Policy, state: str, **settings) -> torch.optim.Optimizer:
+    """AdamW with its moments as --optimizer_state says."""
+    if state == "fp32":
+        return torch.optim.AdamW(moved(policy), fused=True, **settings)
+    return LeanAdamW(moved(policy), state, **settings)
+
+
 @torch.no_grad()
-def blend(teacher: Policy, student: Policy, rate: float) -> None:
+def blend(teacher: Policy | Adapters, student: Policy | Adapters, rate: float) -> None:
     """θ' ← (1 − rate)·θ' + rate·θ, in fp32 and shard by shard. rate 1 is a copy, bit for bit.
 
     bf16 would round an update of rate 0.01 away; the weights of both are fp32 and only computed with in bf16.
     """
     teacher.reshard()
-    for mine, theirs in zip(teacher.parameters(), student.parameters()):
+    for mine, theirs in zip(moved(teacher), moved(student)):
         mine.to_local().lerp_(theirs.to_local(), rate)
 
 
-def full_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and whole tensors, gathered one at a time. A collective: every rank must run through it."""
-    for name, p in policy.lm.named_parameters():
-        yield name, p.full_tensor().detach()
+def full_weights(model: Policy | Adapters) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and whole tensors, gathered one at a time and with adapters merged in. A collective: every
+    rank must run through it."""
+    adapters = dict(zip((name for name, _ in model.lm.named_parameters() if ".lora_" in name), moved(model)))
+    for name, p in model.lm.named_parameters():
+        if name in adapters:
+            continue
+        weight, (layer, adapted, _) = p.full_tensor().detach(), name.partition(".base_layer.weight")
+        if adapted:
+            B, A = (adapters[f"{layer}.lora_{x}.default.weight"].full_tensor().detach() for x in "BA")
+            weight = weight.float().addmm(B, A, alpha=model.lm.get_submodule(layer).scaling["default"])
+        yield name.replace(".base_layer", ""), weight
 
 
 def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -56,7 +56,7 @@ RANGES = dict(  # of the settings that the algorithm files share
     batch_size=(1, 1e6), max_tokens=(1, 1e6), heldout=(1, 1e6), temperature=(0.01, 9), top_p=(0.01, 1), lr=(0, 1),
     steps=(1, 1e9), warmup=(0, 1e9), weight_decay=(0, 1), max_norm=(1e-9, 1e9), workers=(1, 1e3), eval_every=(1, 1e9),
     eval_samples=(1, 1e4), save_every=(1, 1e9), keep=(1, 1e9), token_budget=(1, 1e9), sampler_rows=(1, 1e6),
-    tensor_parallel=(1, 1024), vllm_memory=(0.01, 1),
+    tensor_parallel=(1, 1024), vllm_memory=(0.01, 1), lora_rank=(0, 4096), lora_alpha=(1e-3, 1e6),
 )
 
 
@@ -222,12 +222,17 @@ class Run:
             intact = (folder / name).exists() and checksum(folder / name) == expected
             require(intact, f"checkpoint {folder} is damaged: {name} is missing or changed; remove that folder to "
                             "resume from the one before it")
+        trainer = json.loads((folder / "trainer.json").read_text())
+        rank = trainer["args"].get("lora_rank", 0)
+        require(rank == self.args.lora_rank, f"checkpoint {folder} was trained with --lora_rank {rank}: say so too, or "
+                "start anew from it as --model")
         state = training_state(policy, optimizer, extra)
         dcp.load(state, checkpoint_id=folder / "state")
-        set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
+        set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"],
+                       options=StateDictOptions(strict=False))  # a frozen base is not in it
         for name, model in extra.items():
             model.load_state_dict(state[name])
-        step = json.loads((folder / "trainer.json").read_text())["step"]
+        step = trainer["step"]
         if self.rank == 0:
             for name in ("metrics.jsonl", "rollouts.jsonl"):  # what came after the checkpoint will come again
                 path = self.folder / name
@@ -257,7 +262,11 @@ class Run:
 
 
 def training_state(policy: Policy, optimizer: torch.optim.Optimizer, extra: dict[str, Policy]) -> dict:
+    """What is not in --model: of a LoRA policy the adapters alone."""
     weights, moments = get_state_dict(policy, optimizer)
+    for name, p in policy.named_parameters(remove_duplicate=False):
+        if not p.requires_grad:
+            del weights[name]
     return {"policy": weights, "optimizer": moments, **{name: model.state_dict() for name, model in extra.items()}}
 
 

@@ -239,7 +239,7 @@ def chunks(inputs: Inputs) -> Iterator[tuple[slice, Chunk]]:
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:
     """out ← alpha·a·b + beta·out. bf16 a and b give an fp32 out at full speed on CUDA; elsewhere they are widened."""
-    if a.dtype == out.dtype:
+    if a.dtype == b.dtype == out.dtype:
         out.addmm_(a, b, alpha=alpha, beta=beta)
     elif out.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, beta=beta, out=out)

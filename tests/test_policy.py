@@ -2,6 +2,7 @@
 import json
 import random
 
+import pytest
 import torch
 from conftest import CHAIN, torchrun
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import grpo
-from common.policy import full_weights, load_policy, load_tokenizer, micro_batches, optimizer_step, score
+from common.policy import full_weights, load_policy, load_tokenizer, micro_batches, moved, optimizer_step, score
 from common.sampler import HFSampler, chat_ids
 from common.tasks import load_task
 from common.verifiers import Verifier
@@ -188,3 +189,30 @@ def test_verifier_is_usable_from_a_run():
     p = load_task("chain", heldout=8).train[0]
     assert [x.reward for x in v([p, p], [p.solution, "####"])] == [1.0, 0.0]
     v.close()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_checkpointing_keeps_less_for_the_backward_pass_and_gives_the_same_gradient(rank, one_process):
+    _, rollouts = some_rollouts(4)
+    prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        policy = load_policy(CHAIN, CPU, checkpointing=checkpointing, lora_rank=rank)
+        with torch.no_grad():
+            for i, p in enumerate(moved(policy)):
+                p.to_local().add_(0.01 * (i % 2))  # under LoRA no longer the base
+        micro, = micro_batches(prompts, responses, range(len(rollouts)), 10**6, CPU)
+        saved = {}
+
+        def pack(x):
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            total, _ = grpo.head_loss(lambda s, _: s.logp, *policy(micro, lambda h, w: (h, w)), micro.targets, None)
+        kept.append(sum(saved.values()))
+        total.backward()
+        gradients.append([p.grad.full_tensor() for p in moved(policy)])
+    assert kept[1] < 0.5 * kept[0], kept
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)

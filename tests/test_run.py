@@ -138,6 +138,14 @@ def test_a_new_run_does_not_touch_an_old_one(finished_run):
     assert (finished_run / "r-2" / "metrics.jsonl").exists()
 
 
+def test_a_checkpoint_is_resumed_with_the_adapters_it_was_trained_with(finished_run, tmp_path):
+    checkpoint = str(finished_run / "r" / "checkpoints" / "step_000002")
+    with pytest.raises(SystemExit, match="was trained with --lora_rank 0") as error:
+        run_grpo(tmp_path, "--resume", checkpoint, "--lora_rank", "4")
+    torch.distributed.destroy_process_group()
+    assert "\n" not in str(error.value)
+
+
 def test_eval_only_evaluates_and_trains_nothing(finished_run, tmp_path):
     run_grpo(tmp_path, "--eval_only", "--model", str(finished_run / "r" / "checkpoints" / "step_000002"), "--name", "e")
     row, = metrics(tmp_path / "e")
