@@ -442,7 +442,7 @@ def main(args: Args) -> None:
                 for name, value in diagnostics(stats, batch).items():
                     collected.setdefault(name, []).append(value)
             lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-            metrics["grad_norm"] = optimizer_step(policy, optimizer, lr, args.max_norm)
+            optimizer_step(policy, optimizer, lr, args.max_norm, metrics)
             if args.teacher == "ema":
                 blend(teacher, policy, args.teacher_rate)
             elif args.teacher == "snapshot" and (step + 1) % args.teacher_every == 0:
@@ -461,8 +461,10 @@ def main(args: Args) -> None:
             run.show(tokenizer, prompts[i], responses[i], f"teacher's prompt:\n{tokenizer.decode(teacher_prompts[i])}")
         run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
                                      feedback=v.feedback) for g in groups[:2] for o, v in zip(g.rollouts, g.verdicts)])
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if run.due(step + 1, args.steps):  # at intervals, at the end, and where SIGTERM asks to stop
             run.save(step + 1, policy, optimizer, tokenizer, **moving)
+        if run.stopping:
+            return run.finish(sampler, verifier)
 
     run.log(args.steps, evaluate())
     run.finish(sampler, verifier)

@@ -408,7 +408,7 @@ def main(args: Args) -> None:
                     for name, value in diagnostics(stats, batch, micro.spread(rewards.flatten())).items():
                         collected.setdefault(name, []).append(value)
                 lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-                metrics["grad_norm"] = optimizer_step(policy, optimizer, lr, args.max_norm)
+                optimizer_step(policy, optimizer, lr, args.max_norm, metrics)
             if args.teacher == "ema":  # once a step, after all its updates, as released
                 blend(slow, policy, args.teacher_rate)
 
@@ -467,8 +467,10 @@ def main(args: Args) -> None:
             run.show(tokenizer, o.prompt_ids, o.response_ids, f"teacher's prompt:\n{tokenizer.decode(hints[i])}")
         run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
                                      feedback=v.feedback) for g in groups[:2] for o, v in zip(g.rollouts, g.verdicts)])
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if run.due(step + 1, args.steps):  # at intervals, at the end, and where SIGTERM asks to stop
             run.save(step + 1, policy, optimizer, tokenizer, **moving)
+        if run.stopping:
+            return run.finish(sampler, verifier)
 
     run.log(args.steps, evaluate())
     run.finish(sampler, verifier)
@@ -540,6 +542,8 @@ def discover(args: Args, run: Run, problems: list[Problem], judged_groups, feedb
                 if method == "SDPO":
                     learn([group], step, {})
             found[method].append(solved)
+        run.due(n + 1)
+        require(not run.stopping, "stopped by SIGTERM: --test_time keeps no checkpoint, so it begins again")
     reset()
     said: list[list[str]] = [[] for _ in trials]
     for turn in range(rounds * G):

@@ -460,7 +460,7 @@ def main(args: Args) -> None:
                 (total * run.world).backward()  # FSDP averages over ranks; the weights are already global
                 losses.append(total.item())
             metrics["lr"] = srt_lr(step, updates, args)
-            metrics["grad_norm"] = optimizer_step(policy, optimizer, metrics["lr"], args.max_norm)
+            optimizer_step(policy, optimizer, metrics["lr"], args.max_norm, metrics)
         trained = sum(map(len, responses))
         metrics |= {"srt/loss": sum(losses) * run.world, "budget/loss_tokens": trained * run.world}
 
@@ -500,7 +500,7 @@ def main(args: Args) -> None:
                     if len(curves[r[row]]) < 200 and len(kl) >= 20:
                         curves[r[row]].append(localisation(kl))
             metrics["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-            metrics["grad_norm"] = optimizer_step(policy, optimizer, metrics["lr"], args.max_norm)
+            optimizer_step(policy, optimizer, metrics["lr"], args.max_norm, metrics)
         with run.timer("sync"):
             sampler.load(full_weights(policy))
         lengths = [len(y) for y in responses]
@@ -522,8 +522,10 @@ def main(args: Args) -> None:
             groups = distil(step - updates, metrics)
         run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
                                      feedback=v.feedback) for g in groups[:8] for o, v in zip(g.rollouts, g.verdicts)])
-        if (step + 1) % args.save_every == 0 or step + 1 in (updates, last_step):
+        if run.due(step + 1, updates, last_step):  # at intervals, at the ends, and where SIGTERM asks to stop
             run.save(step + 1, policy, optimizer, tokenizer, teacher=teacher)
+        if run.stopping:
+            return run.finish(sampler, verifier)
 
     run.log(last_step, evaluate())
     if run.rank == 0:

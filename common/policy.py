@@ -6,6 +6,7 @@ and needs no attention mask: under causal attention no real token sees the paddi
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,11 +234,16 @@ def full_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         yield name, p.full_tensor().detach()
 
 
-def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
-    """Clip the gradient to `max_norm`, step with learning rate `lr`, clear. → the gradient norm before clipping."""
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_norm: float, metrics: dict) -> None:
+    """Clip the gradient to `max_norm`, step with learning rate `lr`, clear. A gradient that is not finite, on any rank,
+    makes no step. Into metrics go grad_norm, before clipping, and skipped_updates, of this training step so far."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    finite = math.isfinite(norm)
+    if finite:
+        metrics["grad_norm"] = norm
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    metrics["skipped_updates"] = metrics.get("skipped_updates", 0) + (not finite)
     optimizer.zero_grad(set_to_none=True)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -14,6 +14,8 @@ import random
 import re
 import resource
 import shutil
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -60,6 +63,9 @@ RANGES = dict(  # of the settings that the algorithm files share
 )
 
 
+PATIENCE = 5  # steps in a row without an update, until the run gives up
+
+
 class Run:
     """Process group, device, folder, log and checkpoints of one training run; the same for one process and for many."""
 
@@ -84,6 +90,8 @@ class Run:
         self.times: dict[str, float] = {}
         self.timing = False
         self.history: list[dict] = []
+        self.asked = self.stopping = False  # SIGTERM came to this process; all ranks know that it came to one of them
+        self.barren = 0  # steps in a row without an update, for no gradient was finite
         self.bar: tqdm | None = None
         self.tracker = make_tracker(args.track, self.folder, args) if self.rank == 0 else None
 
@@ -120,14 +128,28 @@ class Run:
         self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - start
 
     def steps(self, first: int, last: int) -> Iterator[int]:
-        """first … last − 1, under a progress bar on a terminal."""
+        """first … last − 1, under a progress bar on a terminal. SIGTERM waits for `due`."""
         hidden = None if self.rank == 0 else True  # None: shown only on a terminal
         self.bar = tqdm(total=last, initial=first, unit="step", disable=hidden, dynamic_ncols=True)
-        for step in range(first, last):
-            self.seed(step)
-            yield step
-            self.bar.update()
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True)) if main else None
+        try:
+            for step in range(first, last):
+                self.seed(step)
+                yield step
+                self.bar.update()
+        finally:
+            if main:
+                signal.signal(signal.SIGTERM, before)
         self.bar.close()
+
+    def due(self, done: int, *ends: int) -> bool:
+        """Whether a checkpoint is due after `done` steps: every --save_every, at the `ends`, and where SIGTERM came to
+        any rank: then all are `stopping`. A collective. Ends a run whose steps make no update any more."""
+        require(self.barren < PATIENCE, f"{PATIENCE} steps in a row without an update, for no gradient was finite; the "
+                f"last good checkpoint is {self.last() or 'none'}: lower --lr and go on with --resume auto")
+        self.stopping = self.reduce({"max": [self.asked]})["max"] > 0
+        return self.stopping or done in ends or (done % self.args.save_every == 0 and not self.barren)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -160,13 +182,15 @@ class Run:
         row["peak_gib"] = (torch.cuda.max_memory_allocated() / 2**10 if cuda else
                            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
         self.times = {}
+        self.barren = self.barren + 1 if row.get("skipped_updates") and "grad_norm" not in row else 0
+        with self.writing(self.folder / "metrics.jsonl"):
+            lines = {"metrics": [row], "rollouts": [{"step": step, **r} for r in rollouts]}
+            for name, rows in lines.items() if self.rank == 0 else ():
+                with open(self.folder / f"{name}.jsonl", "a") as f:
+                    f.writelines(json.dumps(r) + "\n" for r in rows)
         if self.rank:
             return
         self.history.append(row)
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-        with open(self.folder / "rollouts.jsonl", "a") as f:
-            f.writelines(json.dumps({"step": step, **r}) + "\n" for r in rollouts)
         if self.tracker:
             self.tracker(row)
         heldout = [r["heldout/pass@1"] for r in self.history if "heldout/pass@1" in r]
@@ -184,40 +208,52 @@ class Run:
                  f"[loss: {len(response_ids)} tokens] ⟦{tokenizer.decode(response_ids)}⟧\n{note}\n{'─' * 75}")
 
     # ------------------------------------------------------------------------------------------------ checkpoints
+    @contextmanager
+    def writing(self, what: Path) -> Iterator[None]:
+        """What cannot be written ends the run on all ranks, in words. A collective."""
+        failed = [""]
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # each library has its own for a full disk
+            free = shutil.disk_usage(self.folder).free / 2**30
+            failed = [f"{(str(error).strip() or repr(error)).splitlines()[-1]}; {free:.3f} GiB are free there"]
+        dist.broadcast_object_list(failed)
+        require(not failed[0], f"{what} could not be written ({failed[0]}); the last checkpoint that stands is "
+                f"{self.last() or 'none'}: make room and go on with --resume auto")
+
+    def last(self) -> Path | None:
+        return max((self.folder / "checkpoints").glob("step_*"), default=None)
+
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, tokenizer, **extra: Policy) -> None:
         """Write the checkpoint of `step` finished steps: weights for Hugging Face, and all that a resume needs."""
         final = self.folder / "checkpoints" / f"step_{step:06d}"
         part = final.with_name(f"tmp-{final.name}")
-        dcp.save(training_state(policy, optimizer, extra), checkpoint_id=part / "state")
-        weights = {}
-        for name, tensor in full_weights(policy):
+        with self.writing(final):
+            dcp.save(training_state(policy, optimizer, extra), checkpoint_id=part / "state")
+            weights = {}
+            for name, tensor in full_weights(policy):
+                if self.rank == 0:
+                    weights[name] = tensor.to("cpu", torch.bfloat16 if self.device.type == "cuda" else tensor.dtype)
             if self.rank == 0:
-                weights[name] = tensor.to("cpu", torch.bfloat16 if self.device.type == "cuda" else tensor.dtype)
-        if self.rank == 0:
-            policy.lm.save_pretrained(part, state_dict=weights)
-            tokenizer.save_pretrained(part)
-            trainer = {"step": step, "args": dataclasses.asdict(self.args)}
-            (part / "trainer.json").write_text(json.dumps(trainer, indent=1))
-            files = {str(f.relative_to(part)): checksum(f) for f in sorted(part.rglob("*")) if f.is_file()}
-            (part / "manifest.json").write_text(json.dumps(files, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(part, final)
-            for old in sorted(final.parent.glob("step_*"))[: -self.args.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+                policy.lm.save_pretrained(part, state_dict=weights)
+                tokenizer.save_pretrained(part)
+                trainer = {"step": step, "args": dataclasses.asdict(self.args)}
+                (part / "trainer.json").write_text(json.dumps(trainer, indent=1))
+                files = {str(f.relative_to(part)): checksum(f) for f in sorted(part.rglob("*")) if f.is_file()}
+                (part / "manifest.json").write_text(json.dumps(files, indent=1))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(part, final)
+                for old in sorted(final.parent.glob("step_*"))[: -self.args.keep]:
+                    shutil.rmtree(old)
 
     def resume(self, policy: Policy, optimizer: torch.optim.Optimizer, **extra: Policy) -> int:
         """Load what --resume names ("auto": this run's last checkpoint, if any). → the number of finished steps."""
         if not self.args.resume:
             return 0
-        if self.args.resume == "auto":
-            found = sorted((self.folder / "checkpoints").glob("step_*"))
-            if not found:
-                return 0
-            folder = found[-1]
-        else:
-            folder = Path(self.args.resume)
-            require((folder / "manifest.json").exists(), f"--resume {folder}: no manifest.json, so not a checkpoint")
+        folder = self.last() if self.args.resume == "auto" else Path(self.args.resume)
+        if folder is None:
+            return self.rewind(0)
+        require((folder / "manifest.json").exists(), f"--resume {folder}: no manifest.json, so not a checkpoint")
         for name, expected in json.loads((folder / "manifest.json").read_text()).items():
             intact = (folder / name).exists() and checksum(folder / name) == expected
             require(intact, f"checkpoint {folder} is damaged: {name} is missing or changed; remove that folder to "
@@ -228,14 +264,18 @@ class Run:
         for name, model in extra.items():
             model.load_state_dict(state[name])
         step = json.loads((folder / "trainer.json").read_text())["step"]
-        if self.rank == 0:
-            for name in ("metrics.jsonl", "rollouts.jsonl"):  # what came after the checkpoint will come again
-                path = self.folder / name
-                lines = path.read_text().splitlines() if path.exists() else []
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-                path.write_text("".join(line + "\n" for line in kept))
-            self.history = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         self.say(f"resumed from {folder} after {step} steps")
+        return self.rewind(step)
+
+    def rewind(self, step: int) -> int:
+        """Drop what was logged after `step` steps, or cut short by a kill: it will come again. → step."""
+        for name in ("rollouts.jsonl", "metrics.jsonl") if self.rank == 0 else ():  # the metrics last: the history
+            path, part = self.folder / name, self.folder / f"tmp-{name}"
+            rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < step]
+            part.write_text("".join(kept))
+            os.replace(part, path)  # a kill here must not cost the history
+            self.history = [json.loads(row) for row in kept]
         return step
 
     def begin(self, *notes: str) -> None:
@@ -248,7 +288,7 @@ class Run:
         """Draw the curves, close what is given, end the process group."""
         if self.rank == 0 and self.history:
             draw_curves(self.history, self.folder / "curves.png", title=self.folder.name)
-        self.say(f"done: {self.folder}")
+        self.say(f"{'stopped; --resume auto goes on' if self.stopping else 'done'}: {self.folder}")
         dist.barrier()
         for thing in closing:
             thing.close()
