@@ -166,6 +166,8 @@ class Args:
     """responses for each held-out problem"""
     eval_only: bool = False
     """evaluate --model and stop"""
+    dry_run: bool = False
+    """print the plan and the memory it takes, check model, data and engine, and stop"""
     save_every: int = 100
     """steps between checkpoints; the last step is always saved"""
     keep: int = 2
@@ -304,12 +306,15 @@ def main(args: Args) -> None:
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
                      data_dir=args.data_dir, against=args.against)
     tokenizer = load_tokenizer(args.model)
+    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
+    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    if args.dry_run:
+        return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.epochs * args.minibatches,
+                        copies=int(args.teacher != "live"), steps=args.steps)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing)
     teacher = policy if args.teacher == "live" else load_policy(args.model, run.device).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     sampler = make_sampler(args, tokenizer, run.device)
-    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
-    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     run.begin(*task.notes)
     moving = {"teacher": teacher} if args.teacher in ("snapshot", "ema") else {}
     first_step = run.resume(policy, optimizer, **moving)

@@ -14,8 +14,8 @@ The reward enters only through which response counts as successful.
 
     python sdpo.py --demo                                          # the embedded model, three minutes on a laptop
     torchrun --nproc_per_node=4 sdpo.py --task sciknoweval/chemistry --kl jsd --top_k 100          # Table 12, Sec. 3
-    torchrun --nproc_per_node=4 sdpo.py --task livecodebench --kl reverse --top_k 20 --teacher_rate 0.01 \\
-        --minibatches 32 --lr 1e-6 --warmup 0                                                      # Table 12, Sec. 4
+    torchrun --nproc_per_node=8 sdpo.py --task livecodebench --kl reverse --top_k 20 --teacher_rate 0.01 \\
+        --minibatches 4 --lr 1e-6 --warmup 0                     # Table 12, Sec. 4, with one question a process and update
     python sdpo.py --test_time --task livecodebench --kl reverse --top_k 20 --adv_clip 5 --teacher_rate 0.01 \\
         --batch_size 1 --group_size 16 --lr 1e-6 --warmup 0                                        # Table 12, Sec. 5
 
@@ -172,6 +172,8 @@ class Args:
     """responses for each held-out problem"""
     eval_only: bool = False
     """evaluate --model and stop"""
+    dry_run: bool = False
+    """print the plan and the memory it takes, check model, data and engine, and stop"""
     save_every: int = 100
     """steps between checkpoints; the last step is always saved"""
     keep: int = 2
@@ -320,6 +322,12 @@ def main(args: Args) -> None:
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
                      data_dir=args.data_dir, against=args.against)
     tokenizer = load_tokenizer(args.model)
+    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
+    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    if args.dry_run:
+        steps = args.questions * args.seeds * (args.budget // args.group_size) if args.test_time else args.steps
+        return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.minibatches,
+                        copies=(args.teacher != "live") + args.test_time, steps=steps)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing)
     slow = None if args.teacher == "live" else load_policy(args.model, run.device).requires_grad_(False)
     # the teacher's logits are Σ mix·(logits of a model): one model, or the reference and the live one (trust region)
@@ -327,8 +335,6 @@ def main(args: Args) -> None:
     mix = (1 - args.teacher_rate, args.teacher_rate) if args.teacher == "trust_region" else (1.0,)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     sampler = make_sampler(args, tokenizer, run.device)
-    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
-    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     run.begin(*task.notes)
     moving = {"teacher": slow} if args.teacher == "ema" else {}
     first_step = run.resume(policy, optimizer, **moving)

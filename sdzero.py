@@ -174,6 +174,8 @@ class Args:
     """responses for each held-out problem"""
     eval_only: bool = False
     """evaluate --model and stop"""
+    dry_run: bool = False
+    """print the plan and the memory it takes, check model, data and engine, and stop"""
     save_every: int = 100
     """steps between checkpoints; the last step is always saved"""
     keep: int = 2
@@ -332,12 +334,19 @@ def main(args: Args) -> None:
     srt_problems = task.train[: args.srt_questions]
     sd_problems = task.train[args.srt_questions : args.srt_questions + args.sd_questions]
     tokenizer = load_tokenizer(args.model)
+    a_round = len(sd_problems) // args.batch_size if args.phase != "srt" else 0
+    require(args.phase == "srt" or a_round > 0, f"--batch_size {args.batch_size} is more than --sd_questions")
+    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
+    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    if args.dry_run:
+        updates = -(-args.kept_traces * args.srt_epochs // args.srt_batch) if args.phase != "sd" else 0
+        run.say(f"phase 1: {args.srt_questions:,} questions × {args.inits} answers × (1 + {args.revisions} revisions), "
+                f"then at most {updates:,} updates on {args.srt_batch} traces; phase 2:")
+        return run.plan(task, tokenizer, verifier, copies=1, reads=2, steps=args.rounds * a_round)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing)
     teacher = load_policy(args.model, run.device).requires_grad_(False)  # becomes θ_SRT when phase 2 begins
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, fused=True)
     sampler = make_sampler(args, tokenizer, run.device)
-    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
-    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     require(args.phase == "srt" or 2 * args.max_tokens < sampler.context, f"--max_tokens {args.max_tokens}: the "
             f"teacher reads a response twice, and the model's context is {sampler.context} tokens")
     run.begin(*task.notes)
@@ -433,8 +442,6 @@ def main(args: Args) -> None:
         require(len(traces) > 0, "no revision passed the verifier, so there is nothing to train on: raise "
                 "--srt_questions or --revisions, take easier problems, or start from a stronger model")
     updates = -(-len(traces) * args.srt_epochs // args.srt_batch)
-    a_round = len(sd_problems) // args.batch_size if args.phase != "srt" else 0
-    require(args.phase == "srt" or a_round > 0, f"--batch_size {args.batch_size} is more than --sd_questions")
     last_step = updates + args.rounds * a_round
 
     if args.eval_only:

@@ -7,6 +7,7 @@ and needs no attention mask: under causal attention no real token sees the paddi
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -91,10 +93,18 @@ def check_path(path: str) -> None:
 
 
 def shard(policy: Policy, device: torch.device) -> Policy:
-    """FSDP2: each decoder layer is a unit, embeddings, norm and head another. fp32 weights; on CUDA bf16 compute."""
+    """FSDP2: each decoder layer is a unit, embeddings, norm and head another. fp32 weights; on CUDA bf16 compute.
+
+    On several machines each holds the weights once, sharded over its ranks (HSDP): only gradients travel between them.
+    """
     policy.to(device)
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = {"mp_policy": precision} if device.type == "cuda" else {}
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    places = (world // local, local) if local < world else (world,)
+    names = ("machine", "rank")[-len(places) :]
+    options: dict = {"mesh": init_device_mesh(device.type, places, mesh_dim_names=names)}
+    if device.type == "cuda":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in policy.lm.modules():
         if type(module).__name__ in policy.lm._no_split_modules:  # the decoder layers, as transformers names them
             fully_shard(module, **options)

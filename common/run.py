@@ -8,6 +8,7 @@ written under a temporary name and renamed when whole, so a kill at any moment l
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -30,9 +31,11 @@ import tyro
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.policy import Policy, full_weights
+from common.sampler import chat_ids
 
 
 def parse(args_class: type, presets: Callable, argv: list[str] | None = None):
@@ -82,7 +85,7 @@ class Run:
         transformers_logging.disable_progress_bar()
         task = re.sub(r"\W+", "-", args.task.partition(":")[0])
         self.folder = Path(args.out) / self.claim(args.name or f"{algorithm}-{task}-s{args.seed}")
-        if self.rank == 0:
+        if self.rank == 0 and not args.dry_run:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for stale in (self.folder / "checkpoints").glob("tmp-*"):
                 shutil.rmtree(stale)
@@ -93,15 +96,13 @@ class Run:
         self.asked = self.stopping = False  # SIGTERM came to this process; all ranks know that it came to one of them
         self.barren = 0  # steps in a row without an update, for no gradient was finite
         self.bar: tqdm | None = None
-        self.tracker = make_tracker(args.track, self.folder, args) if self.rank == 0 else None
+        self.tracker = make_tracker(args.track, self.folder, args) if self.rank == 0 and not args.dry_run else None
 
     def claim(self, name: str) -> str:
         """The folder's name: `name`, or with --resume off the first of name, name-2, name-3 … that is free."""
-        names = [name]
-        if self.rank == 0 and not self.args.resume:
-            candidates = [name, *(f"{name}-{i}" for i in range(2, 10_000))]
-            names = [next(n for n in candidates if not (Path(self.args.out) / n).exists())]
-        dist.broadcast_object_list(names)
+        taken = lambda n: not self.args.resume and (Path(self.args.out) / n).exists()
+        names = [next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if not taken(n))]
+        dist.broadcast_object_list(names)  # as the first rank finds it
         return names[0]
 
     # ------------------------------------------------------------------------------------------------ time and log
@@ -278,6 +279,39 @@ class Run:
             self.history = [json.loads(row) for row in kept]
         return step
 
+    def plan(self, task, tokenizer, verifier, *, steps: int, group: int = 1, updates: int = 1, copies: int = 0,
+             reads: int = 1) -> None:
+        """--dry_run: a step's arithmetic, the memory it takes, and whether model, data and engine are in order.
+
+        updates: of the optimizer a step; copies: of the weights, beside the policy; reads: of a response in a sequence.
+        """
+        args, count = self.args, self.args.batch_size * group
+        require(args.sampler == "hf" or importlib.util.find_spec("vllm") is not None,
+                "--sampler vllm: vLLM is not installed; pip install -r requirements-vllm.txt, or take --sampler hf")
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
+        N, shape = sum(p.numel() for p in lm.parameters()), lm.config.get_text_config()
+        prompt = max(len(chat_ids(tokenizer, p.messages, args.thinking)) for p in task.heldout)
+        length, limit = prompt + reads * args.max_tokens, shape.max_position_embeddings
+        require(length <= limit, f"a prompt of {prompt} tokens and {reads} × --max_tokens {args.max_tokens} exceed the "
+                f"model's context of {limit}; lower --max_tokens")
+        S, width = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)), 2 if self.device.type == "cuda" else 4
+        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        rows, kv = min(args.sampler_rows, count // self.world), 2 * shape.num_key_value_heads * head * width
+        trained, cache = (16 + 4 * copies) * N / S, rows * length * kv * shape.num_hidden_layers
+        self.say("  ".join(f"--{name} {value!r}" for name, value in dataclasses.asdict(args).items()) + f"""
+data    {len(task.train):,} problems to train on, {len(task.heldout):,} held out
+a step  {args.batch_size:,} questions × {group} responses = {count:,} rollouts, {count // self.world:,} a process;
+        {count * args.max_tokens:,} tokens at most; {updates} update(s) of {count // updates:,} rollouts
+steps   {steps:,}: {steps * updates:,} updates, {steps * args.batch_size / len(task.train):.2f} passes over the problems
+model   {type(lm).__name__}, N = {N:,} parameters, context {limit:,} tokens
+memory  of each of {self.world} process(es), GiB; the activations of --token_budget tokens come on top
+{trained / 2**30:10.3f}  N/{S} × (weights 4 + gradients 4 + AdamW 8 + {copies} more model(s), 4 each) bytes
+{width * N / 2**30:10.3f}  the sampler's copy: N × {width} bytes
+{cache / 2**30:10.3f}  its KV cache: {rows} rows × {length} tokens × {shape.num_hidden_layers} layers × {kv} bytes
+{(trained + width * N + cache) / 2**30:10.3f}  together""")
+        self.finish(verifier)
+
     def begin(self, *notes: str) -> None:
         if self.rank == 0:
             (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
@@ -288,7 +322,8 @@ class Run:
         """Draw the curves, close what is given, end the process group."""
         if self.rank == 0 and self.history:
             draw_curves(self.history, self.folder / "curves.png", title=self.folder.name)
-        self.say(f"{'stopped; --resume auto goes on' if self.stopping else 'done'}: {self.folder}")
+        how = "dry run" if self.args.dry_run else "stopped; --resume auto goes on" if self.stopping else "done"
+        self.say(f"{how}: {self.folder}")
         dist.barrier()
         for thing in closing:
             thing.close()
