@@ -164,6 +164,8 @@ class Args:
     """responses for each held-out problem"""
     eval_only: bool = False
     """evaluate --model and stop"""
+    dry_run: bool = False
+    """print the plan and the memory it takes, check model, data and engine, and stop"""
     save_every: int = 100
     """steps between checkpoints; the last step is always saved"""
     keep: int = 2
@@ -348,6 +350,11 @@ def main(args: Args) -> None:
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
                      data_dir=args.data_dir, against=args.against)
     tokenizer = load_tokenizer(args.model)
+    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
+    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    if args.dry_run:
+        return run.plan(task, tokenizer, verifier, group=args.group_size, steps=args.steps,
+                        copies=(args.teacher != "live") + (args.beta > 0))
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
     teacher = policy if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
@@ -355,8 +362,6 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, betas=(0.9, 0.95),
                                weight_decay=args.weight_decay)
     sampler = make_sampler(args, tokenizer, run.device)
-    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
-    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     run.begin(*task.notes)
     moving = {"teacher": teacher} if args.teacher in ("snapshot", "ema") else {}
     first_step = run.resume(policy, optimizer, **moving)
@@ -451,7 +456,7 @@ def main(args: Args) -> None:
                 for name, value in diagnostics(stats, batch).items():
                     collected.setdefault(name, []).append(value)
             lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-            metrics["grad_norm"] = optimizer_step(policy, optimizer, lr, args.max_norm)
+            optimizer_step(policy, optimizer, lr, args.max_norm, metrics)
             if args.teacher == "ema":
                 blend(teacher, policy, args.teacher_rate)
             elif args.teacher == "snapshot" and (step + 1) % args.teacher_every == 0:
@@ -470,8 +475,10 @@ def main(args: Args) -> None:
             run.show(tokenizer, prompts[i], responses[i], f"teacher's prompt:\n{tokenizer.decode(teacher_prompts[i])}")
         run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
                                      feedback=v.feedback) for g in groups[:2] for o, v in zip(g.rollouts, g.verdicts)])
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if run.due(step + 1, args.steps):  # at intervals, at the end, and where SIGTERM asks to stop
             run.save(step + 1, policy, optimizer, tokenizer, **moving)
+        if run.stopping:
+            return run.finish(sampler, verifier)
 
     run.log(args.steps, evaluate())
     run.finish(sampler, verifier)

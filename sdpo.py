@@ -14,8 +14,8 @@ The reward enters only through which response counts as successful.
 
     python sdpo.py --demo                                          # the embedded model, three minutes on a laptop
     torchrun --nproc_per_node=4 sdpo.py --task sciknoweval/chemistry --kl jsd --top_k 100          # Table 12, Sec. 3
-    torchrun --nproc_per_node=4 sdpo.py --task livecodebench --kl reverse --top_k 20 --teacher_rate 0.01 \\
-        --minibatches 32 --lr 1e-6 --warmup 0                                                      # Table 12, Sec. 4
+    torchrun --nproc_per_node=8 sdpo.py --task livecodebench --kl reverse --top_k 20 --teacher_rate 0.01 \\
+        --minibatches 4 --lr 1e-6 --warmup 0                    # Table 12, Sec. 4; one question a process and update
     python sdpo.py --test_time --task livecodebench --kl reverse --top_k 20 --adv_clip 5 --teacher_rate 0.01 \\
         --batch_size 1 --group_size 16 --lr 1e-6 --warmup 0                                        # Table 12, Sec. 5
 
@@ -180,6 +180,8 @@ class Args:
     """responses for each held-out problem"""
     eval_only: bool = False
     """evaluate --model and stop"""
+    dry_run: bool = False
+    """print the plan and the memory it takes, check model, data and engine, and stop"""
     save_every: int = 100
     """steps between checkpoints; the last step is always saved"""
     keep: int = 2
@@ -328,6 +330,12 @@ def main(args: Args) -> None:
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
                      data_dir=args.data_dir, against=args.against)
     tokenizer = load_tokenizer(args.model)
+    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
+    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    if args.dry_run:
+        steps = args.questions * args.seeds * (args.budget // args.group_size) if args.test_time else args.steps
+        return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.minibatches,
+                        copies=(args.teacher != "live") + args.test_time, steps=steps)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
     slow = None if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
@@ -337,8 +345,6 @@ def main(args: Args) -> None:
     mix = (1 - args.teacher_rate, args.teacher_rate) if args.teacher == "trust_region" else (1.0,)
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, weight_decay=args.weight_decay)
     sampler = make_sampler(args, tokenizer, run.device)
-    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
-    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     run.begin(*task.notes)
     moving = {"teacher": slow} if args.teacher == "ema" else {}
     first_step = run.resume(policy, optimizer, **moving)
@@ -418,7 +424,7 @@ def main(args: Args) -> None:
                     for name, value in diagnostics(stats, batch, micro.spread(rewards.flatten())).items():
                         collected.setdefault(name, []).append(value)
                 lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-                metrics["grad_norm"] = optimizer_step(policy, optimizer, lr, args.max_norm)
+                optimizer_step(policy, optimizer, lr, args.max_norm, metrics)
             if args.teacher == "ema":  # once a step, after all its updates, as released
                 blend(slow, policy, args.teacher_rate)
 
@@ -476,8 +482,10 @@ def main(args: Args) -> None:
             run.show(tokenizer, o.prompt_ids, o.response_ids, f"teacher's prompt:\n{tokenizer.decode(hints[i])}")
         run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
                                      feedback=v.feedback) for g in groups[:2] for o, v in zip(g.rollouts, g.verdicts)])
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if run.due(step + 1, args.steps):  # at intervals, at the end, and where SIGTERM asks to stop
             run.save(step + 1, policy, optimizer, tokenizer, **moving)
+        if run.stopping:
+            return run.finish(sampler, verifier)
 
     run.log(args.steps, evaluate())
     run.finish(sampler, verifier)
@@ -549,6 +557,8 @@ def discover(args: Args, run: Run, problems: list[Problem], judged_groups, feedb
                 if method == "SDPO":
                     learn([group], step, {})
             found[method].append(solved)
+        run.due(n + 1)
+        require(not run.stopping, "stopped by SIGTERM: --test_time keeps no checkpoint, so it begins again")
     reset()
     said: list[list[str]] = [[] for _ in trials]
     for turn in range(rounds * G):

@@ -190,6 +190,8 @@ class Args:
     """responses for each held-out problem"""
     eval_only: bool = False
     """evaluate --model and stop"""
+    dry_run: bool = False
+    """print the plan and the memory it takes, check model, data and engine, and stop"""
     save_every: int = 100
     """steps between checkpoints; the last step is always saved"""
     keep: int = 2
@@ -348,13 +350,20 @@ def main(args: Args) -> None:
     srt_problems = task.train[: args.srt_questions]
     sd_problems = task.train[args.srt_questions : args.srt_questions + args.sd_questions]
     tokenizer = load_tokenizer(args.model)
+    a_round = len(sd_problems) // args.batch_size if args.phase != "srt" else 0
+    require(args.phase == "srt" or a_round > 0, f"--batch_size {args.batch_size} is more than --sd_questions")
+    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
+    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    if args.dry_run:
+        updates = -(-args.kept_traces * args.srt_epochs // args.srt_batch) if args.phase != "sd" else 0
+        run.say(f"phase 1: {args.srt_questions:,} questions × {args.inits} answers × (1 + {args.revisions} revisions), "
+                f"then at most {updates:,} updates on {args.srt_batch} traces; phase 2:")
+        return run.plan(task, tokenizer, verifier, copies=1, reads=2, steps=args.rounds * a_round)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
     teacher = frozen_copy(policy, args.model, run.device)  # becomes θ_SRT when phase 2 begins
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr)
     sampler = make_sampler(args, tokenizer, run.device)
-    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
-    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     require(args.phase == "srt" or 2 * args.max_tokens < sampler.context, f"--max_tokens {args.max_tokens}: the "
             f"teacher reads a response twice, and the model's context is {sampler.context} tokens")
     run.begin(*task.notes)
@@ -450,8 +459,6 @@ def main(args: Args) -> None:
         require(len(traces) > 0, "no revision passed the verifier, so there is nothing to train on: raise "
                 "--srt_questions or --revisions, take easier problems, or start from a stronger model")
     updates = -(-len(traces) * args.srt_epochs // args.srt_batch)
-    a_round = len(sd_problems) // args.batch_size if args.phase != "srt" else 0
-    require(args.phase == "srt" or a_round > 0, f"--batch_size {args.batch_size} is more than --sd_questions")
     last_step = updates + args.rounds * a_round
 
     if args.eval_only:
@@ -477,7 +484,7 @@ def main(args: Args) -> None:
                 (total * run.world).backward()  # FSDP averages over ranks; the weights are already global
                 losses.append(total.item())
             metrics["lr"] = srt_lr(step, updates, args)
-            metrics["grad_norm"] = optimizer_step(policy, optimizer, metrics["lr"], args.max_norm)
+            optimizer_step(policy, optimizer, metrics["lr"], args.max_norm, metrics)
         trained = sum(map(len, responses))
         metrics |= {"srt/loss": sum(losses) * run.world, "budget/loss_tokens": trained * run.world}
 
@@ -517,7 +524,7 @@ def main(args: Args) -> None:
                     if len(curves[r[row]]) < 200 and len(kl) >= 20:
                         curves[r[row]].append(localisation(kl))
             metrics["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-            metrics["grad_norm"] = optimizer_step(policy, optimizer, metrics["lr"], args.max_norm)
+            optimizer_step(policy, optimizer, metrics["lr"], args.max_norm, metrics)
         with run.timer("sync"):
             sampler.load(full_weights(policy))
         lengths = [len(y) for y in responses]
@@ -539,8 +546,10 @@ def main(args: Args) -> None:
             groups = distil(step - updates, metrics)
         run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
                                      feedback=v.feedback) for g in groups[:8] for o, v in zip(g.rollouts, g.verdicts)])
-        if (step + 1) % args.save_every == 0 or step + 1 in (updates, last_step):
+        if run.due(step + 1, updates, last_step):  # at intervals, at the ends, and where SIGTERM asks to stop
             run.save(step + 1, policy, optimizer, tokenizer, teacher=teacher)
+        if run.stopping:
+            return run.finish(sampler, verifier)
 
     run.log(last_step, evaluate())
     if run.rank == 0:

@@ -6,6 +6,8 @@ and needs no attention mask: under causal attention no real token sees the paddi
 """
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -105,10 +108,18 @@ def check_path(path: str) -> None:
 
 
 def shard(policy: Policy, device: torch.device) -> Policy:
-    """FSDP2: each decoder layer is a unit, embeddings, norm and head another. fp32 weights; on CUDA bf16 compute."""
+    """FSDP2: each decoder layer is a unit, embeddings, norm and head another. fp32 weights; on CUDA bf16 compute.
+
+    On several machines each holds the weights once, sharded over its ranks (HSDP): only gradients travel between them.
+    """
     policy.to(device)
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = {"mp_policy": precision} if device.type == "cuda" else {}
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    places = (world // local, local) if local < world else (world,)
+    names = ("machine", "rank")[-len(places) :]
+    options: dict = {"mesh": init_device_mesh(device.type, places, mesh_dim_names=names)}
+    if device.type == "cuda":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in policy.lm.modules():
         if type(module).__name__ in policy.lm._no_split_modules:  # the decoder layers, as transformers names them
             fully_shard(module, **options)
@@ -304,11 +315,16 @@ def full_weights(model: Policy | Adapters) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(".base_layer", ""), weight
 
 
-def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
-    """Clip the gradient to `max_norm`, step with learning rate `lr`, clear. → the gradient norm before clipping."""
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_norm: float, metrics: dict) -> None:
+    """Clip the gradient to `max_norm`, step with learning rate `lr`, clear. A gradient that is not finite, on any rank,
+    makes no step. Into metrics go grad_norm, before clipping, and skipped_updates, of this training step so far."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    finite = math.isfinite(norm)
+    if finite:
+        metrics["grad_norm"] = norm
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    metrics["skipped_updates"] = metrics.get("skipped_updates", 0) + (not finite)
     optimizer.zero_grad(set_to_none=True)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

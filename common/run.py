@@ -8,12 +8,15 @@ written under a temporary name and renamed when whole, so a kill at any moment l
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import random
 import re
 import resource
 import shutil
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,11 +28,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.policy import Policy, full_weights
+from common.sampler import chat_ids
 
 
 def parse(args_class: type, presets: Callable, argv: list[str] | None = None):
@@ -60,6 +66,9 @@ RANGES = dict(  # of the settings that the algorithm files share
 )
 
 
+PATIENCE = 5  # steps in a row without an update, until the run gives up
+
+
 class Run:
     """Process group, device, folder, log and checkpoints of one training run; the same for one process and for many."""
 
@@ -76,7 +85,7 @@ class Run:
         transformers_logging.disable_progress_bar()
         task = re.sub(r"\W+", "-", args.task.partition(":")[0])
         self.folder = Path(args.out) / self.claim(args.name or f"{algorithm}-{task}-s{args.seed}")
-        if self.rank == 0:
+        if self.rank == 0 and not args.dry_run:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for stale in (self.folder / "checkpoints").glob("tmp-*"):
                 shutil.rmtree(stale)
@@ -84,16 +93,16 @@ class Run:
         self.times: dict[str, float] = {}
         self.timing = False
         self.history: list[dict] = []
+        self.asked = self.stopping = False  # SIGTERM came to this process; all ranks know that it came to one of them
+        self.barren = 0  # steps in a row without an update, for no gradient was finite
         self.bar: tqdm | None = None
-        self.tracker = make_tracker(args.track, self.folder, args) if self.rank == 0 else None
+        self.tracker = make_tracker(args.track, self.folder, args) if self.rank == 0 and not args.dry_run else None
 
     def claim(self, name: str) -> str:
         """The folder's name: `name`, or with --resume off the first of name, name-2, name-3 … that is free."""
-        names = [name]
-        if self.rank == 0 and not self.args.resume:
-            candidates = [name, *(f"{name}-{i}" for i in range(2, 10_000))]
-            names = [next(n for n in candidates if not (Path(self.args.out) / n).exists())]
-        dist.broadcast_object_list(names)
+        taken = lambda n: not self.args.resume and (Path(self.args.out) / n).exists()
+        names = [next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if not taken(n))]
+        dist.broadcast_object_list(names)  # as the first rank finds it
         return names[0]
 
     # ------------------------------------------------------------------------------------------------ time and log
@@ -120,14 +129,28 @@ class Run:
         self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - start
 
     def steps(self, first: int, last: int) -> Iterator[int]:
-        """first … last − 1, under a progress bar on a terminal."""
+        """first … last − 1, under a progress bar on a terminal. SIGTERM waits for `due`."""
         hidden = None if self.rank == 0 else True  # None: shown only on a terminal
         self.bar = tqdm(total=last, initial=first, unit="step", disable=hidden, dynamic_ncols=True)
-        for step in range(first, last):
-            self.seed(step)
-            yield step
-            self.bar.update()
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True)) if main else None
+        try:
+            for step in range(first, last):
+                self.seed(step)
+                yield step
+                self.bar.update()
+        finally:
+            if main:
+                signal.signal(signal.SIGTERM, before)
         self.bar.close()
+
+    def due(self, done: int, *ends: int) -> bool:
+        """Whether a checkpoint is due after `done` steps: every --save_every, at the `ends`, and where SIGTERM came to
+        any rank: then all are `stopping`. A collective. Ends a run whose steps make no update any more."""
+        require(self.barren < PATIENCE, f"{PATIENCE} steps in a row without an update, for no gradient was finite; the "
+                f"last good checkpoint is {self.last() or 'none'}: lower --lr and go on with --resume auto")
+        self.stopping = self.reduce({"max": [self.asked]})["max"] > 0
+        return self.stopping or done in ends or (done % self.args.save_every == 0 and not self.barren)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -160,13 +183,15 @@ class Run:
         row["peak_gib"] = (torch.cuda.max_memory_allocated() / 2**10 if cuda else
                            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
         self.times = {}
+        self.barren = self.barren + 1 if row.get("skipped_updates") and "grad_norm" not in row else 0
+        with self.writing(self.folder / "metrics.jsonl"):
+            lines = {"metrics": [row], "rollouts": [{"step": step, **r} for r in rollouts]}
+            for name, rows in lines.items() if self.rank == 0 else ():
+                with open(self.folder / f"{name}.jsonl", "a") as f:
+                    f.writelines(json.dumps(r) + "\n" for r in rows)
         if self.rank:
             return
         self.history.append(row)
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-        with open(self.folder / "rollouts.jsonl", "a") as f:
-            f.writelines(json.dumps({"step": step, **r}) + "\n" for r in rollouts)
         if self.tracker:
             self.tracker(row)
         heldout = [r["heldout/pass@1"] for r in self.history if "heldout/pass@1" in r]
@@ -184,40 +209,52 @@ class Run:
                  f"[loss: {len(response_ids)} tokens] ⟦{tokenizer.decode(response_ids)}⟧\n{note}\n{'─' * 75}")
 
     # ------------------------------------------------------------------------------------------------ checkpoints
+    @contextmanager
+    def writing(self, what: Path) -> Iterator[None]:
+        """What cannot be written ends the run on all ranks, in words. A collective."""
+        failed = [""]
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # each library has its own for a full disk
+            free = shutil.disk_usage(self.folder).free / 2**30
+            failed = [f"{(str(error).strip() or repr(error)).splitlines()[-1]}; {free:.3f} GiB are free there"]
+        dist.broadcast_object_list(failed)
+        require(not failed[0], f"{what} could not be written ({failed[0]}); the last checkpoint that stands is "
+                f"{self.last() or 'none'}: make room and go on with --resume auto")
+
+    def last(self) -> Path | None:
+        return max((self.folder / "checkpoints").glob("step_*"), default=None)
+
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, tokenizer, **extra: Policy) -> None:
         """Write the checkpoint of `step` finished steps: weights for Hugging Face, and all that a resume needs."""
         final = self.folder / "checkpoints" / f"step_{step:06d}"
         part = final.with_name(f"tmp-{final.name}")
-        dcp.save(training_state(policy, optimizer, extra), checkpoint_id=part / "state")
-        weights = {}
-        for name, tensor in full_weights(policy):
+        with self.writing(final):
+            dcp.save(training_state(policy, optimizer, extra), checkpoint_id=part / "state")
+            weights = {}
+            for name, tensor in full_weights(policy):
+                if self.rank == 0:
+                    weights[name] = tensor.to("cpu", torch.bfloat16 if self.device.type == "cuda" else tensor.dtype)
             if self.rank == 0:
-                weights[name] = tensor.to("cpu", torch.bfloat16 if self.device.type == "cuda" else tensor.dtype)
-        if self.rank == 0:
-            policy.lm.save_pretrained(part, state_dict=weights)
-            tokenizer.save_pretrained(part)
-            trainer = {"step": step, "args": dataclasses.asdict(self.args)}
-            (part / "trainer.json").write_text(json.dumps(trainer, indent=1))
-            files = {str(f.relative_to(part)): checksum(f) for f in sorted(part.rglob("*")) if f.is_file()}
-            (part / "manifest.json").write_text(json.dumps(files, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(part, final)
-            for old in sorted(final.parent.glob("step_*"))[: -self.args.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+                policy.lm.save_pretrained(part, state_dict=weights)
+                tokenizer.save_pretrained(part)
+                trainer = {"step": step, "args": dataclasses.asdict(self.args)}
+                (part / "trainer.json").write_text(json.dumps(trainer, indent=1))
+                files = {str(f.relative_to(part)): checksum(f) for f in sorted(part.rglob("*")) if f.is_file()}
+                (part / "manifest.json").write_text(json.dumps(files, indent=1))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(part, final)
+                for old in sorted(final.parent.glob("step_*"))[: -self.args.keep]:
+                    shutil.rmtree(old)
 
     def resume(self, policy: Policy, optimizer: torch.optim.Optimizer, **extra: Policy) -> int:
         """Load what --resume names ("auto": this run's last checkpoint, if any). → the number of finished steps."""
         if not self.args.resume:
             return 0
-        if self.args.resume == "auto":
-            found = sorted((self.folder / "checkpoints").glob("step_*"))
-            if not found:
-                return 0
-            folder = found[-1]
-        else:
-            folder = Path(self.args.resume)
-            require((folder / "manifest.json").exists(), f"--resume {folder}: no manifest.json, so not a checkpoint")
+        folder = self.last() if self.args.resume == "auto" else Path(self.args.resume)
+        if folder is None:
+            return self.rewind(0)
+        require((folder / "manifest.json").exists(), f"--resume {folder}: no manifest.json, so not a checkpoint")
         for name, expected in json.loads((folder / "manifest.json").read_text()).items():
             intact = (folder / name).exists() and checksum(folder / name) == expected
             require(intact, f"checkpoint {folder} is damaged: {name} is missing or changed; remove that folder to "
@@ -233,15 +270,55 @@ class Run:
         for name, model in extra.items():
             model.load_state_dict(state[name])
         step = trainer["step"]
-        if self.rank == 0:
-            for name in ("metrics.jsonl", "rollouts.jsonl"):  # what came after the checkpoint will come again
-                path = self.folder / name
-                lines = path.read_text().splitlines() if path.exists() else []
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-                path.write_text("".join(line + "\n" for line in kept))
-            self.history = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         self.say(f"resumed from {folder} after {step} steps")
+        return self.rewind(step)
+
+    def rewind(self, step: int) -> int:
+        """Drop what was logged after `step` steps, or cut short by a kill: it will come again. → step."""
+        for name in ("rollouts.jsonl", "metrics.jsonl") if self.rank == 0 else ():  # the metrics last: the history
+            path, part = self.folder / name, self.folder / f"tmp-{name}"
+            rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < step]
+            part.write_text("".join(kept))
+            os.replace(part, path)  # a kill here must not cost the history
+            self.history = [json.loads(row) for row in kept]
         return step
+
+    def plan(self, task, tokenizer, verifier, *, steps: int, group: int = 1, updates: int = 1, copies: int = 0,
+             reads: int = 1) -> None:
+        """--dry_run: a step's arithmetic, the memory it takes, and whether model, data and engine are in order.
+
+        updates: of the optimizer a step; copies: of the weights, beside the policy; reads: of a response in a sequence.
+        """
+        args, count = self.args, self.args.batch_size * group
+        require(args.sampler == "hf" or importlib.util.find_spec("vllm") is not None,
+                "--sampler vllm: vLLM is not installed; pip install -r requirements-vllm.txt, or take --sampler hf")
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
+        N, shape = sum(p.numel() for p in lm.parameters()), lm.config.get_text_config()
+        prompt = max(len(chat_ids(tokenizer, p.messages, args.thinking)) for p in task.heldout)
+        length, limit = prompt + reads * args.max_tokens, shape.max_position_embeddings
+        require(length <= limit, f"a prompt of {prompt} tokens and {reads} × --max_tokens {args.max_tokens} exceed the "
+                f"model's context of {limit}; lower --max_tokens")
+        S, width = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)), 2 if self.device.type == "cuda" else 4
+        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        rows, kv = min(args.sampler_rows, count // self.world), 2 * shape.num_key_value_heads * head * width
+        layers = [m for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not lm.get_output_embeddings()]
+        n = sum(args.lora_rank * (m.in_features + m.out_features) for m in layers) if args.lora_rank else N
+        adam, base = {"fp32": 8, "bf16": 4, "offload": 0}[args.optimizer_state], width if args.lora_rank else 0
+        trained, cache = ((8 + adam + 4 * copies) * n + base * N) / S, rows * length * kv * shape.num_hidden_layers
+        self.say("  ".join(f"--{name} {value!r}" for name, value in dataclasses.asdict(args).items()) + f"""
+data    {len(task.train):,} problems to train on, {len(task.heldout):,} held out
+a step  {args.batch_size:,} questions × {group} responses = {count:,} rollouts, {count // self.world:,} a process;
+        {count * args.max_tokens:,} tokens at most; {updates} update(s) of {count // updates:,} rollouts
+steps   {steps:,}: {steps * updates:,} updates, {steps * args.batch_size / len(task.train):.2f} passes over the problems
+model   {type(lm).__name__}, N = {N:,} parameters, context {limit:,} tokens
+memory  of each of {self.world} process(es), GiB; the activations of --token_budget tokens come on top
+{trained / 2**30:10.3f}  {n:,}/{S} × (weights 4 + gradients 4 + AdamW {adam} + {copies} copies, 4 each) + N/{S} × {base} bytes
+{width * N / 2**30:10.3f}  the sampler's copy: N × {width} bytes
+{cache / 2**30:10.3f}  its KV cache: {rows} rows × {length} tokens × {shape.num_hidden_layers} layers × {kv} bytes
+{(trained + width * N + cache) / 2**30:10.3f}  together""")
+        self.finish(verifier)
 
     def begin(self, *notes: str) -> None:
         if self.rank == 0:
@@ -253,7 +330,8 @@ class Run:
         """Draw the curves, close what is given, end the process group."""
         if self.rank == 0 and self.history:
             draw_curves(self.history, self.folder / "curves.png", title=self.folder.name)
-        self.say(f"done: {self.folder}")
+        how = "dry run" if self.args.dry_run else "stopped; --resume auto goes on" if self.stopping else "done"
+        self.say(f"{how}: {self.folder}")
         dist.barrier()
         for thing in closing:
             thing.close()

@@ -44,9 +44,12 @@ class Child:
 
     def __init__(self, command: list[str], **options):
         self.socket, other = socket.socketpair()
+        # a job's SIGTERM goes to all its processes: this one is still to answer in the step that the run finishes
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         with other:
             self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=subprocess.DEVNULL,
                                             start_new_session=True, **options)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.buffer = bytearray()
         self.namespace: int | None = None  # pidfd of the first process of its PID namespace
         self.folder: tempfile.TemporaryDirectory | None = None

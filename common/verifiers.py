@@ -264,7 +264,9 @@ class Verifier:
 
     def borrow(self, kind: str) -> Child:
         with contextlib.suppress(IndexError):
-            return self.spare[kind].pop()
+            while (child := self.spare[kind].pop()).process.poll() is not None:  # it died while it had nothing to do
+                child.close()
+            return child
         if kind == "code":
             return confined("drive", unsafe=self.unsafe)
         worker = Child([sys.executable, "-m", "common.verifiers", kind], cwd=Path(__file__).resolve().parent.parent)

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+import signal
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -138,11 +140,31 @@ def test_a_check_that_hangs_or_dies_is_a_verdict_of_its_own_and_the_pool_survive
         start = time.monotonic()
         slow = v([record(question="?", answer="0")], [r"\boxed{\sum_{n=1}^{99999999} \sin(n^{n^{n}})}"])[0]
         assert slow.reward == 0 and time.monotonic() - start < 5
-        for child in v.spare["math"]:
-            os.kill(child.process.pid, 9)
-        verdicts = v([five] * 4, [r"\boxed{5}"] * 4)
-        assert {x.feedback for x in verdicts if not x.reward} <= {"The check ended before it answered."}
+        assert not v.spare["math"] and v([five], [r"\boxed{5}"])[0].reward == 1
+        killed = v.spare["math"][0].process.pid
+        threading.Timer(0.2, os.kill, (killed, signal.SIGKILL)).start()  # in the middle of a check
+        lost = v([record(question="?", answer="0")], [r"\boxed{\sum_{n=1}^{99999999} \sin(n^{n^{n}})}"])[0]
+        assert lost.reward == 0 and lost.feedback == "The check ended before it answered."
         assert [x.reward for x in v([five] * 4, [r"\boxed{5}"] * 4)] == [1] * 4
+    finally:
+        v.close()
+
+
+def test_processes_that_die_between_checks_are_replaced_and_cost_no_reward():
+    v, five = Verifier(workers=2), record(question="2 + 3?", answer="5")
+    try:
+        assert v([five] * 4, [r"\boxed{5}"] * 4)[0].reward == 1
+        old = {child.process.pid for child in v.spare["math"]}
+        for pid in old:
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert [x.reward for x in v([five] * 4, [r"\boxed{5}"] * 4)] == [1] * 4
+        new = {child.process.pid for child in v.spare["math"]}
+        assert not new & old
+        for pid in new:  # a scheduler stops all processes of a job; the step in progress still needs its verdicts
+            os.kill(pid, signal.SIGTERM)
+        assert [x.reward for x in v([five] * 4, [r"\boxed{5}"] * 4)] == [1] * 4
+        assert {child.process.pid for child in v.spare["math"]} & new
     finally:
         v.close()
 

@@ -60,7 +60,7 @@ def test_the_engine_agrees_with_the_trainer_and_follows_it(dtype, bound, rank, o
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     micro = micro_batches(prompts, responses, range(len(rollouts)), 10**6, CPU)[0]
     (-policy(micro, lambda h, w: token_stats(h, w, micro.targets).logp.mean())).backward()
-    optimizer_step(policy, optimizer, 2e-2 if rank else 2e-3, 1.0)
+    optimizer_step(policy, optimizer, 2e-2 if rank else 2e-3, 1.0, {})
     sampler.rest()
     sampler.load(full_weights(policy))
     after = [s.logp for s in score(policy, prompts, responses, 4096)]
