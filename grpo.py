@@ -431,9 +431,11 @@ def diagnostics(token: TokenStats, batch: Tokens, args: Args) -> dict[str, Tenso
     """Per-token metrics of an update [T]; the log takes their mean (or their maximum)."""
     old_logp = token.logp if batch.old_logp is None else batch.old_logp
     gap = old_logp - batch.sampler_logp  # log π_old/π_sampler, 0 where sampler and trainer agree
-    ratio = (token.logp - old_logp).exp()
-    A = batch.advantage
+    log_ratio, A = token.logp - old_logp, batch.advantage
+    ratio = (rollout_mean(log_ratio, batch.rollout) if args.loss == "gspo" else log_ratio).exp()
     clipped = ((ratio > 1 + args.clip_high) & (A > 0)) | ((ratio < 1 - args.clip_low) & (A < 0))
+    if args.loss == "cispo":  # bounds the weight whatever the sign of A
+        clipped = ratio > 1 + args.clip_high
     out = {"entropy": token.entropy, "clip_frac": clipped.float(), "mismatch/kl": gap.expm1() - gap,
            "mismatch/max_abs_dlogp": gap.abs(), "mismatch/tis": gap.exp().clamp(max=args.tis or torch.inf)}
     if batch.ref_logp is not None:

@@ -14,7 +14,7 @@ ones too (each distils from another success), and an all-fail group is plain ans
 
     python hsd.py --demo                                                 # the embedded model, three minutes on a laptop
     torchrun --nproc_per_node=8 hsd.py --model Qwen/Qwen3-8B             # the paper's table is the default
-    torchrun --nproc_per_node=8 hsd.py --context solution --entry_clip 0.05 --teacher frozen --train_on all --beta 0
+    torchrun --nproc_per_node=8 hsd.py --context solution --entry_clip 0.05 --teacher frozen --beta 0
                                                                          # OPSD: full solution, per-entry clip
     torchrun --nproc_per_node=8 hsd.py --context answer --grpo_mix 0.5   # the paper's GRPO+OPSD baseline
 

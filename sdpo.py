@@ -431,7 +431,8 @@ def main(args: Args) -> None:
         with run.timer("sync"):
             sampler.load(full_weights(policy))
 
-        kinds = ["none" if h is None else "solution" if k else "feedback" for h, k in zip(hints, has_sibling(rewards))]
+        solved = [k and args.context != "feedback" for k in has_sibling(rewards)]
+        kinds = ["none" if h is None else "solution" if k else "feedback" for h, k in zip(hints, solved)]
         metrics |= {"reward/mean": rewards, "length/mean": lengths, "length/max": lengths, "lr": lr,
                     "frac_truncated": [o.truncated for o in rollouts], "frac_zero_std": [not g.mixed for g in groups],
                     **{f"context/{name}": [k == name for k in kinds] for name in ("solution", "feedback", "none")},
@@ -440,10 +441,10 @@ def main(args: Args) -> None:
 
     def teacher_accuracy(groups: list[Group], hints: list[list[int] | None]) -> list[float]:
         """Rewards of the teacher answering from its own context, one response for each rollout with a signal."""
-        sampler.load(full_weights(slow if args.teacher == "ema" else policy))
+        sampler.load(full_weights(slow if args.teacher in ("ema", "frozen") else policy))
         shown = [(h, g.problem) for h, g in zip(hints, (g for g in groups for _ in g.rollouts)) if h is not None]
         answers = sampler.sample([h for h, _ in shown], 1, seed=(args.seed, 2), keys=range(len(shown)),
-                                 max_tokens=args.max_tokens, temperature=args.temperature)
+                                 max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p)
         sampler.load(full_weights(policy))
         return [v.reward for v in verifier([p for _, p in shown], [a[0].text for a in answers])]
 

@@ -203,7 +203,7 @@ class Args:
 
 
 DEMO = dict(model="assets/chain", task="chain", heldout=256, srt_questions=1024, kept_traces=1500, srt_max_tokens=64,
-            srt_temperature=1.0, srt_batch=32, srt_lr=3e-4, srt_epochs=2, sd_questions=2048, batch_size=64,
+            srt_temperature=1.0, srt_batch=32, srt_lr=3e-4, srt_epochs=1, sd_questions=3072, batch_size=64,
             max_tokens=192, lr=1e-4, warmup=5, mean="token", eval_every=16, save_every=64)
 
 
@@ -392,7 +392,8 @@ def main(args: Args) -> None:
             first = judged(problems, chats(problems), 1, (args.seed, 1), mine, *options)
             fits = [g for g in first if len(g.rollouts[0].prompt_ids) + 2 * args.max_tokens + 32 <= sampler.context]
             again = [reviser_prompt(g.rollouts[0], int(g.verdicts[0].reward), tokenizer, sampler.ends) for g in fits]
-            second = judged([g.problem for g in fits], again, 1, (args.seed, 2), mine, *options) if fits else []
+            keys = [i for i, g in zip(mine, first) if g in fits]
+            second = judged([g.problem for g in fits], again, 1, (args.seed, 2), keys, *options) if fits else []
         r1, r2 = ([g.verdicts[0].reward for g in groups] for groups in (fits, second))
         return {"heldout/pass@1": [g.verdicts[0].reward for g in first], "revise/pass@1": r2,
                 "heldout/length": [len(g.rollouts[0].response_ids) for g in first],
@@ -486,7 +487,8 @@ def main(args: Args) -> None:
             metrics["lr"] = srt_lr(step, updates, args)
             optimizer_step(policy, optimizer, metrics["lr"], args.max_norm, metrics)
         trained = sum(map(len, responses))
-        metrics |= {"srt/loss": sum(losses) * run.world, "budget/loss_tokens": trained * run.world}
+        # in lists: the log takes their mean over ranks, so times their number it is the sum
+        metrics |= {"srt/loss": [sum(losses) * run.world], "budget/loss_tokens": [trained * run.world]}
 
     def distil(step: int, metrics: dict) -> list[Group]:
         """One step of phase 2 (Eq. 4); step counts from its beginning."""
@@ -518,7 +520,8 @@ def main(args: Args) -> None:
                 batch = Tokens(weight=torch.full_like(micro.targets, per_token, dtype=torch.float32))
                 total, stats = policy(student, head(student, batch, seen, args))
                 (total * run.world).backward()
-                for name, value in diagnostics(stats, micro.spread(r)).items():
+                gap = stats.logp - micro.gather([o.logprobs for o in rollouts])  # log π_θ/π_sampler
+                for name, value in diagnostics(stats, micro.spread(r), gap).items():
                     collected.setdefault(name, []).append(value)
                 for row, kl in zip(micro.rows, stats.kl.cpu().split(micro.lengths)):
                     if len(curves[r[row]]) < 200 and len(kl) >= 20:
@@ -530,8 +533,8 @@ def main(args: Args) -> None:
         lengths = [len(y) for y in responses]
         metrics |= {"reward/mean": [v.reward for g in groups for v in g.verdicts], "length/mean": lengths,
                     "length/max": lengths, "frac_truncated": [o.truncated for o in rollouts],
-                    "budget/generations": args.batch_size, "budget/sampled_tokens": sum(lengths) * run.world,
-                    "budget/loss_tokens": 2 * sum(lengths) * run.world,  # student and teacher
+                    "budget/generations": args.batch_size, "budget/sampled_tokens": [sum(lengths) * run.world],
+                    "budget/loss_tokens": [2 * sum(lengths) * run.world],  # student and teacher
                     **{name: torch.cat(parts) for name, parts in collected.items()}}
         return groups
 
@@ -567,12 +570,14 @@ def head(micro: Micro, batch: Tokens, seen: tuple[Tensor, Tensor], args: Args):
                                             divergence=divergence(args), temperature=args.temperature)
 
 
-def diagnostics(token: TokenStats, r: Tensor) -> dict[str, Tensor]:
-    """Per-token metrics of phase 2 [T]; r [T] is the verdict on the token's response. teacher/copies is how often the
+def diagnostics(token: TokenStats, r: Tensor, gap: Tensor) -> dict[str, Tensor]:
+    """Per-token metrics of phase 2 [T]; r [T] is the verdict on the token's response, gap [T] the log-probability of
+    the token less the sampler's. teacher/copies is how often the
     teacher's likeliest token is the one it has just read: targets that a mere copy of the first y would give."""
     right, wrong = r == 1, r == 0
     return {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy, "kl": token.kl,
-            "kl/right": token.kl[right], "kl/wrong": token.kl[wrong],
+            "kl/right": token.kl[right], "kl/wrong": token.kl[wrong], "mismatch/kl": gap.expm1() - gap,
+            "mismatch/max_abs_dlogp": gap.abs(),
             "teacher/copies_right": token.teacher_greedy[right], "teacher/copies_wrong": token.teacher_greedy[wrong]}
 
 

@@ -314,7 +314,7 @@ a step  {args.batch_size:,} questions × {group} responses = {count:,} rollouts,
 steps   {steps:,}: {steps * updates:,} updates, {steps * args.batch_size / len(task.train):.2f} passes over the problems
 model   {type(lm).__name__}, N = {N:,} parameters, context {limit:,} tokens
 memory  of each of {self.world} process(es), GiB; the activations of --token_budget tokens come on top
-{trained / 2**30:10.3f}  {n:,}/{S} × (weights 4 + gradients 4 + AdamW {adam} + {copies} copies, 4 each) + N/{S} × {base} bytes
+{trained / 2**30:10.3f}  {n:,}/{S} × (weights, gradients 8 + AdamW {adam} + copies {4 * copies}) + N/{S} × {base} bytes
 {width * N / 2**30:10.3f}  the sampler's copy: N × {width} bytes
 {cache / 2**30:10.3f}  its KV cache: {rows} rows × {length} tokens × {shape.num_hidden_layers} layers × {kv} bytes
 {(trained + width * N + cache) / 2**30:10.3f}  together""")

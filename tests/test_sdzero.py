@@ -19,7 +19,7 @@ from common.policy import load_tokenizer
 from common.run import parse
 from common.sampler import Rollout
 from common.tasks import load_task
-from common.verifiers import final_part
+from common.verifiers import REVISIONS, final_part
 from kernels.head import head_loss
 
 V, D = 9, 4
@@ -96,6 +96,10 @@ def test_the_end_token_of_the_first_copy_is_stripped_and_of_the_second_kept():
         assert sdzero.reviser_prompt(cut, r, tokenizer, [end]) == [7, 8, 5, 6, *control]
         assert end not in control
     assert stopped.response_ids[-1] == end  # what the teacher is made to say again is left as it is
+
+
+def test_the_verifier_knows_every_control_phrase():
+    assert set(sdzero.CONTROL.values()) <= set(REVISIONS)
 
 
 def test_the_answer_is_taken_after_the_last_control_phrase():
