@@ -203,7 +203,7 @@ class Args:
 
 
 DEMO = dict(model="assets/chain", task="chain", heldout=256, srt_questions=1024, kept_traces=1500, srt_max_tokens=64,
-            srt_temperature=1.0, srt_batch=32, srt_lr=3e-4, srt_epochs=1, sd_questions=3072, batch_size=64,
+            srt_temperature=1.0, srt_batch=32, srt_lr=3e-4, srt_epochs=1, sd_questions=2560, batch_size=64,
             max_tokens=192, lr=1e-4, warmup=5, mean="token", eval_every=16, save_every=64)
 
 
