@@ -194,7 +194,8 @@ class Args:
 
 DEMO = dict(model="assets/chain", task="chain", kl="reverse", group_size=8, batch_size=16, max_tokens=64, lr=1e-4,
             warmup=0, steps=60, eval_every=10, eval_samples=2, save_every=40)
-TEST_TIME_DEMO = dict(task="chain:14", group_size=16, batch_size=1, max_tokens=192, questions=8, heldout=64)
+TEST_TIME_DEMO = dict(task="chain:14", group_size=16, batch_size=1, max_tokens=192, questions=4, seeds=1, budget=256,
+                      heldout=64)
 
 
 def presets(args: Args) -> dict:
