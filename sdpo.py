@@ -15,7 +15,7 @@ The reward enters only through which response counts as successful.
     python sdpo.py --demo                                          # the embedded model, three minutes on a laptop
     torchrun --nproc_per_node=4 sdpo.py --task sciknoweval/chemistry --kl jsd --top_k 100          # Table 12, Sec. 3
     torchrun --nproc_per_node=8 sdpo.py --task livecodebench --kl reverse --top_k 20 --teacher_rate 0.01 \\
-        --minibatches 4 --lr 1e-6 --warmup 0                     # Table 12, Sec. 4, with one question a process and update
+        --minibatches 4 --lr 1e-6 --warmup 0                             # Table 12, Sec. 4; its minibatch: docs/sdpo.md
     python sdpo.py --test_time --task livecodebench --kl reverse --top_k 20 --adv_clip 5 --teacher_rate 0.01 \\
         --batch_size 1 --group_size 16 --lr 1e-6 --warmup 0                                        # Table 12, Sec. 5
 
