@@ -48,7 +48,7 @@ def body(rank: int, world: int, local_world: int, port: int, log: str, function,
     function(*args)
 
 
-def finish(processes: list, log: Path, timeout: float = 120) -> None:
+def finish(processes: list, log: Path, timeout: float = 300) -> None:
     """Wait for all; each must end with 0."""
     for process in processes:
         process.join(timeout)

@@ -79,10 +79,6 @@ def test_six_steps_are_three_and_a_resume_and_three_bitwise_in_two_processes(tmp
     torchrun(2, *common, "--steps", "3", "--name", "parts")
     torchrun(2, *common, "--steps", "6", "--name", "parts", "--resume", "auto")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
-    run_grpo(tmp_path, "--steps", "6", "--name", "single")
-    one, two = weights(tmp_path / "single", 6), weights(tmp_path / "whole", 6)
-    for name in one:  # one process samples the same tokens; sums differ only in their order
-        torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=0)
 
 
 def test_a_kill_in_the_middle_of_a_checkpoint_resumes_from_the_previous_one(tmp_path):

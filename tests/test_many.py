@@ -1,0 +1,121 @@
+"""Many processes on many machines do what one process does, and none waits for another for ever."""
+import os
+import subprocess
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from conftest import CHAIN, ROOT
+from ranks import finish, free_port, launch, run_grpo
+from test_run import metrics, weights
+from transformers import AutoModelForCausalLM
+
+import grpo
+from common.policy import blend, full_weights, load_policy, micro_batches, optimizer_step
+from common.run import training_state
+
+CPU = torch.device("cpu")
+SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "3", "--max_tokens", "48",
+         "--eval_every", "4", "--eval_samples", "1"]
+
+
+def assert_close(a: dict, b: dict, atol: float) -> None:
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
+
+
+def test_1_2_and_4_ranks_reach_the_same_weights_after_5_steps(tmp_path):
+    """Within 1e-5, at the demo's learning rate, with which weights move by up to 5e-4. The four ranks are two machines of
+    two (HSDP)."""
+    for world, local in ((1, 1), (2, 2), (4, 2)):
+        flags = [*SMALL, "--steps", "5", "--out", str(tmp_path), "--name", str(world)]
+        finish(launch(world, tmp_path / "log", run_grpo, flags, local_world=local), tmp_path / "log")
+    one = weights(tmp_path / "1", 5)
+    for other in ("2", "4"):
+        assert_close(one, weights(tmp_path / other, 5), 1e-5)
+        assert [r.get("reward/mean") for r in metrics(tmp_path / "1")] == [r.get("reward/mean")
+                                                                         for r in metrics(tmp_path / other)]
+    start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
+    assert max((one[n] - start[n]).abs().max() for n in one) > 3e-4
+
+
+def test_two_torchrun_launchers_on_two_nodes_train_one_model(tmp_path):
+    """--nnodes=2 over the loopback device: the weights are those of two ranks on one machine."""
+    flags = [*SMALL, "--steps", "2", "--out", str(tmp_path)]
+    rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=two"]
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                               f"--node_rank={node}", "--local_addr=127.0.0.1", *rendezvous, "grpo.py", *flags, "--name",
+                               "nodes"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}) for node in range(2)]
+    for node in nodes:
+        _, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, errors[-3000:]
+    finish(launch(2, tmp_path / "log", run_grpo, [*flags, "--name", "one"]), tmp_path / "log")
+    assert len(metrics(tmp_path / "nodes")) == 3
+    assert_close(weights(tmp_path / "one", 2), weights(tmp_path / "nodes", 2), 1e-5)
+
+
+def hybrid(folder: str) -> None:
+    """On each of four ranks: the same updates of a policy on two machines of two, and of one sharded over all four."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    policies, teachers = [], []
+    for local in ("2", "4"):
+        os.environ["LOCAL_WORLD_SIZE"] = local
+        policies.append(load_policy(CHAIN, CPU))
+        teachers.append(load_policy(CHAIN, CPU))
+    assert [next(p.parameters()).device_mesh.ndim for p in policies] == [2, 1]
+    optimizers = [torch.optim.AdamW(p.parameters(), lr=1e-4, fused=True) for p in policies]
+    prompts, responses = [[1, 5 + rank]] * 3, [[7, 8, 9 + rank], [9, 2], [11]][: rank + 1]
+    for step in range(2):
+        seen = []
+        for policy, optimizer in zip(policies, optimizers):
+            # ranks have 1 to 3 rows, the last has none in the second step
+            rows = range(len(responses) if step == 0 or rank < 3 else 0)
+            for micro in micro_batches(prompts, responses, rows, 4, CPU):
+                loss = policy(micro, lambda h, w: grpo.token_stats(h, w, micro.targets).logp.sum())
+                (loss * (1 + rank)).backward()
+            grads = {n: p.grad.full_tensor().clone() for n, p in policy.named_parameters()}
+            metrics: dict = {}
+            optimizer_step(policy, optimizer, 1e-4, 1.0, metrics)
+            seen.append((grads, metrics["grad_norm"]))
+        (a, norm_a), (b, norm_b) = seen
+        assert abs(norm_a - norm_b) < 1e-4 * norm_b and norm_b > 1
+        assert_close(a, b, 1e-4 * max(g.abs().max().item() for g in b.values()))
+    for teacher, policy in zip(teachers, policies):
+        blend(teacher, policy, 0.5)
+    one, two = (dict(full_weights(p)) for p in policies)
+    assert_close(one, two, 1e-6)
+    start, half = dict(full_weights(load_policy(CHAIN, CPU))), dict(full_weights(teachers[0]))
+    assert_close({n: (start[n] + one[n]) / 2 for n in one}, half, 1e-7)
+    assert any(not torch.equal(one[n], start[n]) for n in one)
+    dcp.save(training_state(policies[0], optimizers[0], {"teacher": teachers[0]}), checkpoint_id=folder)
+    again = load_policy(CHAIN, CPU)
+    optimizer = torch.optim.AdamW(again.parameters(), lr=1e-4, fused=True)
+    state = training_state(again, optimizer, {"teacher": teachers[1]})
+    dcp.load(state, checkpoint_id=folder)
+    dcp.state_dict.set_state_dict(again, optimizer, model_state_dict=state["policy"],
+                                  optim_state_dict=state["optimizer"])
+    assert all(torch.equal(w, one[n]) for n, w in full_weights(again))
+    moments = [[s["exp_avg"].full_tensor() for s in o.state.values()] for o in (optimizers[0], optimizer)]
+    assert moments[0] and all(torch.equal(m, n) for m, n in zip(*moments))
+    dist.destroy_process_group()
+
+
+def test_weights_sharded_on_each_of_two_machines_train_as_sharded_over_all(tmp_path):
+    """HSDP against FSDP: gradients, clipping, blends, checkpoints; with ranks that have fewer rows, or none."""
+    finish(launch(4, tmp_path / "log", hybrid, str(tmp_path / "state"), local_world=2), tmp_path / "log")
+
+
+def no_signal_on_rank_1(argv: list[str]) -> None:
+    advantages = grpo.advantages
+    grpo.advantages = lambda *args: advantages(*args) * (os.environ["RANK"] == "0")
+    run_grpo(argv)
+
+
+def test_a_rank_without_live_rows_does_not_hang_the_others(tmp_path):
+    """Rank 1 has no response with a gradient; three held-out problems do not divide by two."""
+    flags = [*SMALL, "--steps", "2", "--out", str(tmp_path), "--name", "r", "--minibatches", "2", "--token_budget", "100"]
+    finish(launch(2, tmp_path / "log", no_signal_on_rank_1, flags), tmp_path / "log")
+    assert [row["grad_norm"] > 0 for row in metrics(tmp_path / "r")[:2]] == [True, True]
