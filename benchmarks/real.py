@@ -1,0 +1,58 @@
+"""A few steps of the files on a real model and real problems: does everything hold together there?
+
+    python benchmarks/real.py --model SMOLLM2_135M_INSTRUCT --data_dir DATA        # twenty minutes on two cores
+
+It shows that formats, verifiers, contexts and memory work out, not that a small model learns in four steps. Writes
+results/real/NAME.json for each of RUNS: the command, every metric of every step, and one rollout with its verdict.
+"""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--batch_size 2 --group_size 8 --heldout 8 --eval_every 1000 --steps 4 --lr 1e-6 --warmup 0 --token_budget 2048"
+RUNS = {
+    "grpo-gsm8k": f"grpo.py --task gsm8k {SMALL} --beta 0 --max_tokens 160 --share_prompts",
+    "sdpo-mbpp": f"sdpo.py --task mbpp {SMALL} --max_tokens 128 --kl reverse --top_k 20",
+    "sdpo-sciknoweval": f"sdpo.py --task sciknoweval/physics {SMALL} --max_tokens 96 --steps 3",
+    "sdpo-toolalpaca": f"sdpo.py --task toolalpaca {SMALL} --max_tokens 96 --steps 3 --top_k 100",
+}
+
+
+@dataclass
+class Args:
+    model: str
+    """folder of the model"""
+    data_dir: str
+    """folder of the named sets"""
+    only: str = ""
+    """one of RUNS; empty: all"""
+
+
+def main(args: Args) -> None:
+    out = ROOT / "results" / "real"
+    out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    for name in [args.only] if args.only else RUNS:
+        with tempfile.TemporaryDirectory() as runs:
+            command = [*RUNS[name].split(), "--model", args.model, "--data_dir", args.data_dir]
+            subprocess.run([sys.executable, *command, "--out", runs, "--name", name], cwd=ROOT, check=True)
+            rows, rollouts = ([json.loads(line) for line in (Path(runs) / name / f"{kind}.jsonl").read_text().splitlines()]
+                              for kind in ("metrics", "rollouts"))
+        (out / f"{name}.json").write_text(json.dumps({
+            "command": f"python {RUNS[name]} --model {Path(args.model).name} --data_dir DATA", "commit": commit.strip(),
+            "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})", "metrics": rows,
+            "rollout": max(rollouts, key=lambda r: r["reward"])}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
