@@ -1,6 +1,6 @@
 """Memory of a training process: what is measured on a CPU, and what arithmetic says of larger models and GPUs.
 
-    python benchmarks/memory.py --model SMOLLM2 --data_dir DATA       # peak resident memory, ten minutes on two CPU cores
+    python benchmarks/memory.py --model SMOLLM2 --data_dir DATA       # peak resident memory, five minutes on two CPU cores
     python benchmarks/memory.py --fits                                # the table of docs/memory.md, by arithmetic alone
 
 Measured: two steps of hsd.py with a frozen teacher on a small batch, for each setting in RUNS in a process of its own:
@@ -23,6 +23,10 @@ from typing import NamedTuple
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.tasks import load_task
+
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 RUNS = {
@@ -42,7 +46,7 @@ class Args:
     """folder that gsm8k is read from"""
     name: str = "smollm2"
     """of the result files"""
-    rounds: int = 2
+    rounds: int = 1
     """runs of each setting"""
     fits: bool = False
     """print the table of docs/memory.md instead"""
@@ -144,15 +148,18 @@ def fits() -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # measured on a CPU
 # ---------------------------------------------------------------------------------------------------------------------
-COMMON = ["--teacher", "frozen", "--beta", "0", "--context", "answer", "--task", "gsm8k", "--heldout", "2", "--batch_size",
-          "2", "--group_size", "2", "--max_tokens", "24", "--token_budget", "1200", "--eval_every", "1000000", "--steps", "2"]
+COMMON = ["--teacher", "frozen", "--beta", "0", "--context", "answer", "--heldout", "2", "--batch_size", "2", "--group_size",
+          "2", "--max_tokens", "24", "--token_budget", "1200", "--eval_every", "1000000", "--steps", "2"]
 
 
 def peak(args: Args, flags: list[str]) -> float:
     """GiB of resident memory at most, up to the last update."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "hsd.py", "--model", args.model, "--data_dir", args.data_dir, *COMMON, *flags, "--out", out,
-                   "--name", "run"]
+        few = Path(out) / "gsm8k.jsonl"  # checking the references of all would take longer than the run
+        few.write_text("".join(json.dumps({"question": p.messages[-1]["content"], "answer": p.answer}) + "\n"
+                               for p in load_task("gsm8k", heldout=1, data_dir=args.data_dir).train[:32]))
+        command = [sys.executable, "hsd.py", "--model", args.model, "--task", f"jsonl:{few}", "--instruction", "", *COMMON,
+                   *flags, "--out", out, "--name", "run"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["grad_norm"] > 0
@@ -182,7 +189,7 @@ def main(args: Args) -> None:
         print(f"{name:36s} {row['peak_gib'][-1]:.2f} GiB, arithmetic {row['arithmetic_gib']:.2f}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     result = {"command": "python benchmarks/memory.py --model MODEL --data_dir DATA", "commit": commit.strip(),
-              "runs": "python hsd.py --model MODEL --data_dir DATA " + " ".join(COMMON),
+              "runs": "python hsd.py --model MODEL --task jsonl:32_QUESTIONS_OF_GSM8K " + " ".join(COMMON),
               "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})", "parameters": model.parameters,
               "adapters_of_rank_16": model.adapters(16), "code_and_libraries_gib": float(bare),
               "args": {k: v for k, v in asdict(args).items() if k not in ("model", "data_dir")}, "rows": rows}

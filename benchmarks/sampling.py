@@ -54,7 +54,7 @@ class Args:
     """responses that decode at a time"""
     rounds: int = 7
     """timed runs of each side, in turns; one before them does not count"""
-    threads: int = 2
+    threads: int = 1
     """CPU threads"""
 
 
