@@ -194,7 +194,7 @@ class Args:
 
 DEMO = dict(model="assets/chain", task="chain", kl="reverse", group_size=8, batch_size=16, max_tokens=64, lr=1e-4,
             warmup=0, steps=60, eval_every=10, eval_samples=2, save_every=40)
-TEST_TIME_DEMO = dict(task="chain:14", group_size=16, batch_size=1, max_tokens=192, questions=4, seeds=1, budget=256,
+TEST_TIME_DEMO = dict(task="chain:14", group_size=16, batch_size=1, max_tokens=192, questions=4, seeds=1, budget=128,
                       heldout=64)
 
 
@@ -543,25 +543,22 @@ def discover(args: Args, run: Run, problems: list[Problem], judged_groups, feedb
     rates = [sum(v.reward for v in g.verdicts) for g in first]
     hard = sorted(range(len(problems)), key=lambda i: (rates[i], i))[: args.questions]
     trials = [(i, problems[i], s) for i in hard for s in range(args.seeds)]
-    found: dict[str, list[int | None]] = {"SDPO": [], "best-of-k": [], "multi-turn": [None] * len(trials)}
+    found: dict[str, list[int | None]] = {m: [None] * len(trials) for m in ("SDPO", "best-of-k", "multi-turn")}
     G, rounds = args.group_size, args.budget // args.group_size
-
     for n in run.steps(0, len(trials)):
         i, problem, s = trials[n]
-        for method in ("SDPO", "best-of-k"):
-            reset()
-            solved = None
-            for step in range(rounds):
-                group, = judged_groups([problem], G, (args.seed, 5, s, i), range(step, step + 1))
-                solved = next((step * G + k + 1 for k, v in enumerate(group.verdicts) if v.reward == 1), None)
-                if solved is not None:
-                    break
-                if method == "SDPO":
-                    learn([group], step, {})
-            found[method].append(solved)
+        reset()
+        tried: list[Group] = []
+        while len(tried) < rounds and first_right(tried) is None:
+            if tried:
+                learn(tried[-1:], len(tried) - 1, {})
+            tried += judged_groups([problem], G, (args.seed, 5, s, i), range(len(tried), len(tried) + 1))
+        found["SDPO"][n] = first_right(tried)
         run.due(n + 1)
         require(not run.stopping, "stopped by SIGTERM: --test_time keeps no checkpoint, so it begins again")
     reset()
+    for n, (i, problem, s) in enumerate(trials):
+        found["best-of-k"][n] = first_right(judged_groups([problem] * rounds, G, (args.seed, 5, s, i), range(rounds)))
     said: list[list[str]] = [[] for _ in trials]
     for turn in range(rounds * G):
         open_trials = [n for n in range(len(trials)) if found["multi-turn"][n] is None]
@@ -579,6 +576,11 @@ def discover(args: Args, run: Run, problems: list[Problem], judged_groups, feedb
     for method, times in found.items():
         low, mean, high = discovery(times, rounds * G)
         run.say(f"{method:10s} discovery@{rounds * G} {mean:.2f} (90 %: {low:.2f} to {high:.2f})")
+
+
+def first_right(groups: list[Group]) -> int | None:
+    """The first attempt of the groups that passed, from 1; None where none did."""
+    return next((k for k, v in enumerate((v for g in groups for v in g.verdicts), 1) if v.reward == 1), None)
 
 
 def discovery(times: list[int | None], k: int, draws: int = 2000) -> tuple[float, float, float]:
