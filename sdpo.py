@@ -194,7 +194,7 @@ class Args:
 
 DEMO = dict(model="assets/chain", task="chain", kl="reverse", group_size=8, batch_size=16, max_tokens=64, lr=1e-4,
             warmup=0, steps=60, eval_every=10, eval_samples=2, save_every=40)
-TEST_TIME_DEMO = dict(task="chain:14", group_size=16, batch_size=1, max_tokens=192, questions=4, seeds=1, budget=128,
+TEST_TIME_DEMO = dict(task="chain:14", group_size=16, batch_size=1, max_tokens=192, questions=4, seeds=1, budget=256,
                       heldout=64)
 
 
@@ -459,11 +459,11 @@ def main(args: Args) -> None:
             sampler.load(full_weights(policy))
 
         def feedback_turn(problems: list[Problem], said: list[list[str]], n: int) -> list[Group]:
-            """One more attempt at each problem, shown the last feedbacks on the attempts before (not the attempts)."""
+            """Each problem's next attempts, shown the last feedbacks on those before (not the attempts)."""
             only = replace(args, context="feedback")
             shown = [replace(p, messages=context(p, None, "\n".join(s), only) or p.messages)
                      for p, s in zip(problems, said)]
-            return judged_groups(shown, 1, (args.seed, 4, n), range(len(shown)))
+            return judged_groups(shown, args.group_size, (args.seed, 4, n), range(len(shown)))
 
         discover(args, run, task.heldout, judged_groups, feedback_turn, learn, reset)
         return run.finish(sampler, verifier)
@@ -560,15 +560,15 @@ def discover(args: Args, run: Run, problems: list[Problem], judged_groups, feedb
     for n, (i, problem, s) in enumerate(trials):
         found["best-of-k"][n] = first_right(judged_groups([problem] * rounds, G, (args.seed, 5, s, i), range(rounds)))
     said: list[list[str]] = [[] for _ in trials]
-    for turn in range(rounds * G):
+    for turn in range(rounds):
         open_trials = [n for n in range(len(trials)) if found["multi-turn"][n] is None]
         groups = feedback_turn([trials[n][1] for n in open_trials], [said[n][-WINDOW:] for n in open_trials], turn)
         for n, group in zip(open_trials, groups):
-            verdict = group.verdicts[0]
-            if verdict.reward == 1:
-                found["multi-turn"][n] = turn + 1
-            elif verdict.feedback not in said[n][-WINDOW:]:
-                said[n].append(verdict.feedback)
+            if right := first_right([group]):
+                found["multi-turn"][n] = turn * G + right
+            for verdict in group.verdicts:
+                if verdict.feedback not in said[n][-WINDOW:]:
+                    said[n].append(verdict.feedback)
 
     result = {"budget": rounds * G, "problems": [p.id for _, p, _ in trials], "solved_at": found}
     (run.folder / "discovery.json").write_text(json.dumps(result))

@@ -30,7 +30,7 @@ RUNS = {**{file: f"{file}.py --demo" for file in FILES},
         "hsd-live": "hsd.py --demo --teacher live", "hsd-ema": "hsd.py --demo --teacher ema",
         "hsd-reverse": "hsd.py --demo --kl reverse --lr 1e-4", "sdzero-srt": "sdzero.py --demo --phase srt",
         "sdzero-sd": "sdzero.py --demo --phase sd"}
-TIMED = ["hsd.py --demo", "sdzero.py --demo", "sdpo.py --demo --test_time"]  # the longest
+TIMED = ["hsd.py --demo", "sdzero.py --demo"]  # the longest
 
 
 @dataclass
