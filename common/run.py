@@ -66,6 +66,23 @@ RANGES = dict(  # of the settings that the algorithm files share
 )
 
 
+def meeting_place() -> tuple[dist.Store, int, int]:
+    """The store in which ranks find each other, this rank, and how many there are.
+
+    torchrun keeps one store for all its attempts, so after a restart a rank could find where the last attempt's ranks
+    were, and wait for them (pytorch issue 135712). On one machine attempts are told apart by their number. On several,
+    each torchrun counts for itself; then every attempt must have a store of its own.
+    """
+    env = os.environ
+    if "WORLD_SIZE" not in env:  # no torchrun
+        return dist.HashStore(), 0, 1
+    one, shared = env.get("GROUP_WORLD_SIZE", "1") == "1", env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    require(one or not shared or env.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0", "--max-restarts on several "
+            "machines: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give torchrun --rdzv_backend=c10d")
+    store, rank, world = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0") if one else "", store), rank, world
+
+
 PATIENCE = 5  # steps in a row without an update, until the run gives up
 
 
@@ -75,8 +92,9 @@ class Run:
     def __init__(self, args, algorithm: str):
         within(args, **{name: bounds for name, bounds in RANGES.items() if hasattr(args, name)})
         self.args = args
-        alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # no torchrun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
+        store, rank, world = meeting_place()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
+                                world_size=world)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
