@@ -178,6 +178,7 @@ def draw(result: dict, path: Path) -> None:
     b.axvline(0, color="grey", linewidth=0.8)
     c.set(title="share of Σ|A| within ±w of τ (whole response)", xlabel="w", xscale="log", ylim=(0, 1))
     c.set_xticks(WIDTHS, [str(w) for w in WIDTHS])
+    c.minorticks_off()
     for axis in (a, b, c):
         axis.grid(alpha=0.3)
     a.legend()
