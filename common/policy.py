@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from common import require
 from kernels.adamw import LeanAdamW
 from kernels.head import TokenStats, token_stats
 
@@ -51,9 +51,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer at `path` (a folder or a hub id). Raises SystemExit where there is none or no chat template."""
     check_path(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    if not tokenizer.chat_template:
-        raise SystemExit(f"error: --model {path}: its tokenizer has no chat template; use an instruction-tuned "
-                         "checkpoint, or set tokenizer.chat_template and save it again")
+    require(tokenizer.chat_template, f"--model {path}: its tokenizer has no chat template; use an instruction-tuned "
+            "checkpoint, or set tokenizer.chat_template and save it again")
     return tokenizer
 
 
@@ -72,9 +71,9 @@ def load_policy(path: str, device: torch.device, *, checkpointing: bool = False,
     with torch.no_grad():
         logits = lm(input_ids=probe, use_cache=False).logits
         hidden = lm.base_model(input_ids=probe, use_cache=False).last_hidden_state
-    if not torch.allclose(hidden @ lm.get_output_embeddings().weight.T, logits, atol=1e-3, rtol=1e-3):
-        raise SystemExit(f"error: --model {path}: {type(lm).__name__} transforms its logits (a soft cap, a scale or a "
-                         "bias), which the fused head does not compute; use another architecture")
+    plain = torch.allclose(hidden @ lm.get_output_embeddings().weight.T, logits, atol=1e-3, rtol=1e-3)
+    require(plain, f"--model {path}: {type(lm).__name__} transforms its logits (a soft cap, a scale or a bias), which "
+            "the fused head does not compute; use another architecture")
     if checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in lm.modules():  # layers heed it in training mode alone; what is in them stays in eval mode
@@ -93,18 +92,17 @@ def load_policy(path: str, device: torch.device, *, checkpointing: bool = False,
 
 def check_path(path: str) -> None:
     """A local path that does not exist would be taken for a hub id and fail a long way from here."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     folder = Path(path).expanduser()
-    if folder.exists() and not (folder / "config.json").exists():
-        raise SystemExit(f"error: --model {path}: no config.json in this folder: not a Hugging Face checkpoint")
-    if looks_local and not folder.exists():
-        raise SystemExit(f"error: --model {path}: no such folder")
-    if not folder.exists():
-        try:
-            AutoConfig.from_pretrained(path)
-        except OSError as error:
-            why = str(error).splitlines()[0]
-            raise SystemExit(f"error: --model {path}: neither a folder nor a model on the hub ({why})") from None
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        require(folder.exists(), f"--model {path}: no such folder")
+        require((folder / "config.json").exists(), f"--model {path}: no config.json in this folder: not a Hugging Face "
+                "checkpoint")
+        return
+    try:
+        AutoConfig.from_pretrained(path)
+    except OSError as error:
+        why = str(error).splitlines()[0]
+        raise SystemExit(f"error: --model {path}: neither a folder nor a model on the hub ({why})") from None
 
 
 def shard(policy: Policy, device: torch.device) -> Policy:
@@ -117,9 +115,9 @@ def shard(policy: Policy, device: torch.device) -> Policy:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     places = (world // local, local) if local < world else (world,)
     names = ("machine", "rank")[-len(places) :]
-    options: dict = {"mesh": init_device_mesh(device.type, places, mesh_dim_names=names)}
-    if device.type == "cuda":
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
+    options = dict(mesh=dist.init_device_mesh(device.type, places, mesh_dim_names=names),
+                   mp_policy=MixedPrecisionPolicy(**mixed))
     for module in policy.lm.modules():
         if type(module).__name__ in policy.lm._no_split_modules:  # the decoder layers, as transformers names them
             fully_shard(module, **options)
@@ -194,16 +192,19 @@ def micro_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]], 
     return [make([prompts[i] for i in part], [responses[i] for i in part], part, device) for part in bins]
 
 
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """[B, L] with zeros on the right; at least one row and one column, for a model reads no less."""
+    width = max(map(len, rows), default=0) or 1
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows or [[]]])
+
+
 def pad_right(prompts: list[list[int]], responses: list[list[int]], rows: list[int], device: torch.device) -> Micro:
-    width = max((len(p) + len(r) for p, r in zip(prompts, responses)), default=1)
-    ids = torch.zeros(max(1, len(rows)), width, dtype=torch.long)
-    index = []
-    for b, (p, r) in enumerate(zip(prompts, responses)):
-        ids[b, : len(p) + len(r)] = torch.tensor(p + r)
-        index.append(torch.arange(len(p) - 1, len(p) + len(r) - 1) + b * width)
-    index = torch.cat(index) if index else torch.empty(0, dtype=torch.long)
-    targets = torch.tensor([t for r in responses for t in r], dtype=torch.long)
-    return Micro(rows, [len(r) for r in responses], ids.to(device), index.to(device), targets.to(device))
+    ids = padded([p + r for p, r in zip(prompts, responses)])
+    ends = [b * ids.shape[1] + len(p) - 1 for b, p in enumerate(prompts)]  # of the prompts
+    index = [end + i for end, r in zip(ends, responses) for i in range(len(r))]
+    targets = [t for r in responses for t in r]
+    tensors = ids, torch.tensor(index, dtype=torch.long), torch.tensor(targets, dtype=torch.long)
+    return Micro(rows, [len(r) for r in responses], *(x.to(device) for x in tensors))
 
 
 def behind_prefix(prompts: list[list[int]], responses: list[list[int]], rows: list[int], device: torch.device) -> Micro:
@@ -211,13 +212,11 @@ def behind_prefix(prompts: list[list[int]], responses: list[list[int]], rows: li
     others at the token before them, so that its last token need not be read."""
     different = list(dict.fromkeys(map(tuple, prompts))) or [(0,)]
     which = [different.index(tuple(p)) for p in prompts]
-    wide, width = max(map(len, different)), max((len(r) - 1 for r in responses), default=0) or 1
-    prefix = torch.tensor([[*p, *[0] * (wide - len(p))] for p in different])
-    mask = torch.tensor([[1] * len(p) + [0] * (wide - len(p)) for p in different])
-    ids = torch.zeros(max(1, len(rows)), width, dtype=torch.long)
+    prefix, ids = padded(different), padded([r[:-1] for r in responses])
+    mask = padded([[1] * len(p) for p in different])
+    wide, width = prefix.shape[1], ids.shape[1]
     index = []
     for b, (k, p, r) in enumerate(zip(which, prompts, responses)):
-        ids[b, : len(r) - 1] = torch.tensor(r[:-1], dtype=torch.long)
         start = len(different) * wide + b * width  # where this row begins, behind all prompts
         index += [k * wide + len(p) - 1, *range(start, start + len(r) - 1)]
     targets = torch.tensor([t for r in responses for t in r], dtype=torch.long)

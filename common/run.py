@@ -7,11 +7,10 @@ written under a temporary name and renamed when whole, so a kill at any moment l
 """
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -23,17 +22,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 import tyro
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
+from common import require
 from common.policy import Policy, full_weights
 from common.sampler import chat_ids
 
@@ -43,12 +40,6 @@ def parse(args_class: type, presets: Callable, argv: list[str] | None = None):
     what is typed wins over them."""
     first = tyro.cli(args_class, args=argv)
     return tyro.cli(args_class, args=argv, default=args_class(**presets(first)))
-
-
-def require(condition: bool, message: str) -> None:
-    """A user's mistake: end with one line that names the remedy."""
-    if not condition:
-        raise SystemExit(f"error: {message}")
 
 
 def within(args, **ranges: tuple[float, float]) -> None:
@@ -92,15 +83,13 @@ class Run:
     def __init__(self, args, algorithm: str):
         within(args, **{name: bounds for name, bounds in RANGES.items() if hasattr(args, name)})
         self.args = args
-        store, rank, world = meeting_place()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
-                                world_size=world)
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda":
+        cuda, (store, rank, world) = torch.cuda.is_available(), meeting_place()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        self.rank, self.world = rank, world
+        self.device = torch.device("cuda", dist.get_node_local_rank(0)) if cuda else torch.device("cpu")
+        if cuda:
             torch.cuda.set_device(self.device)
-        transformers_logging.disable_progress_bar()
+        transformers.logging.disable_progress_bar()
         task = re.sub(r"\W+", "-", args.task.partition(":")[0])
         self.folder = Path(args.out) / self.claim(args.name or f"{algorithm}-{task}-s{args.seed}")
         if self.rank == 0 and not args.dry_run:
@@ -114,7 +103,7 @@ class Run:
         self.asked = self.stopping = False  # SIGTERM came to this process; all ranks know that it came to one of them
         self.barren = 0  # steps in a row without an update, for no gradient was finite
         self.bar: tqdm | None = None
-        self.tracker = make_tracker(args.track, self.folder, args) if self.rank == 0 and not args.dry_run else None
+        self.tracker = make_tracker(args, self.folder) if args.track and self.rank == 0 and not args.dry_run else None
 
     def claim(self, name: str) -> str:
         """The folder's name: `name`, or with --resume off the first of name, name-2, name-3 … that is free."""
@@ -126,41 +115,36 @@ class Run:
     # ------------------------------------------------------------------------------------------------ time and log
     def seed(self, *place: int) -> None:
         """Seed python, numpy and torch from (run seed, place, rank): a resumed run needs no generator state."""
-        word = zlib.crc32(repr((self.args.seed, *place, self.rank)).encode())
-        random.seed(word)
-        np.random.seed(word)
-        torch.manual_seed(word)
+        transformers.set_seed(zlib.crc32(repr((self.args.seed, *place, self.rank)).encode()))
 
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:
         """Seconds spent inside count for `phase`; inside another phase they count for that one."""
-        if self.timing:
-            yield
-            return
-        self.timing, start = True, time.perf_counter()
+        inside, self.timing, start = self.timing, True, time.perf_counter()
         try:
             yield
         finally:
-            self.timing = False
+            self.timing = inside
+        if inside:
+            return
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - start
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """first … last − 1, under a progress bar on a terminal. SIGTERM waits for `due`."""
-        hidden = None if self.rank == 0 else True  # None: shown only on a terminal
-        self.bar = tqdm(total=last, initial=first, unit="step", disable=hidden, dynamic_ncols=True)
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True)) if main else None
+        hidden = self.rank > 0 or None  # None: shown only on a terminal
         try:
-            for step in range(first, last):
-                self.seed(step)
-                yield step
-                self.bar.update()
+            with tqdm(total=last, initial=first, unit="step", disable=hidden, dynamic_ncols=True) as self.bar:
+                for step in range(first, last):
+                    self.seed(step)
+                    yield step
+                    self.bar.update()
         finally:
             if main:
                 signal.signal(signal.SIGTERM, before)
-        self.bar.close()
 
     def due(self, done: int, *ends: int) -> bool:
         """Whether a checkpoint is due after `done` steps: every --save_every, at the `ends`, and where SIGTERM came to
@@ -233,7 +217,7 @@ class Run:
         failed = [""]
         try:
             yield
-        except (Exception, CheckpointException) as error:  # each library has its own for a full disk
+        except (Exception, dcp.CheckpointException) as error:  # each library has its own for a full disk
             free = shutil.disk_usage(self.folder).free / 2**30
             failed = [f"{(str(error).strip() or repr(error)).splitlines()[-1]}; {free:.3f} GiB are free there"]
         dist.broadcast_object_list(failed)
@@ -249,14 +233,12 @@ class Run:
         part = final.with_name(f"tmp-{final.name}")
         with self.writing(final):
             dcp.save(training_state(policy, optimizer, extra), checkpoint_id=part / "state")
-            weights = {}
-            for name, tensor in full_weights(policy):
-                if self.rank == 0:
-                    weights[name] = tensor.to("cpu", torch.bfloat16 if self.device.type == "cuda" else tensor.dtype)
+            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            weights = {name: w.to("cpu", dtype) for name, w in full_weights(policy) if self.rank == 0}
             if self.rank == 0:
                 policy.lm.save_pretrained(part, state_dict=weights)
                 tokenizer.save_pretrained(part)
-                trainer = {"step": step, "args": dataclasses.asdict(self.args)}
+                trainer = {"step": step, "args": vars(self.args)}
                 (part / "trainer.json").write_text(json.dumps(trainer, indent=1))
                 files = {str(f.relative_to(part)): checksum(f) for f in sorted(part.rglob("*")) if f.is_file()}
                 (part / "manifest.json").write_text(json.dumps(files, indent=1))
@@ -287,9 +269,8 @@ class Run:
                        options=StateDictOptions(strict=False))  # a frozen base is not in it
         for name, model in extra.items():
             model.load_state_dict(state[name])
-        step = trainer["step"]
-        self.say(f"resumed from {folder} after {step} steps")
-        return self.rewind(step)
+        self.say(f"resumed from {folder} after {trainer['step']} steps")
+        return self.rewind(trainer["step"])
 
     def rewind(self, step: int) -> int:
         """Drop what was logged after `step` steps, or cut short by a kill: it will come again. → step."""
@@ -312,7 +293,7 @@ class Run:
         require(args.sampler == "hf" or importlib.util.find_spec("vllm") is not None,
                 "--sampler vllm: vLLM is not installed; pip install -r requirements-vllm.txt, or take --sampler hf")
         with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
+            lm = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(args.model))
         N, shape = sum(p.numel() for p in lm.parameters()), lm.config.get_text_config()
         prompt = max(len(chat_ids(tokenizer, p.messages, args.thinking)) for p in task.heldout)
         length, limit = prompt + reads * args.max_tokens, shape.max_position_embeddings
@@ -325,7 +306,7 @@ class Run:
         n = sum(args.lora_rank * (m.in_features + m.out_features) for m in layers) if args.lora_rank else N
         adam, base = {"fp32": 8, "bf16": 4, "offload": 0}[args.optimizer_state], width if args.lora_rank else 0
         trained, cache = ((8 + adam + 4 * copies) * n + base * N) / S, rows * length * kv * shape.num_hidden_layers
-        self.say("  ".join(f"--{name} {value!r}" for name, value in dataclasses.asdict(args).items()) + f"""
+        self.say("  ".join(f"--{name} {value!r}" for name, value in vars(args).items()) + f"""
 data    {len(task.train):,} problems to train on, {len(task.heldout):,} held out
 a step  {args.batch_size:,} questions × {group} responses = {count:,} rollouts, {count // self.world:,} a process;
         {count * args.max_tokens:,} tokens at most; {updates} update(s) of {count // updates:,} rollouts
@@ -340,9 +321,8 @@ memory  of each of {self.world} process(es), GiB; the activations of --token_bud
 
     def begin(self, *notes: str) -> None:
         if self.rank == 0:
-            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
-        for line in (f"{self.folder}: {self.world} process(es) on {self.device.type}", *notes):
-            self.say(line)
+            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=1))
+        self.say("\n".join([f"{self.folder}: {self.world} process(es) on {self.device.type}", *notes]))
 
     def finish(self, *closing) -> None:
         """Draw the curves, close what is given, end the process group."""
@@ -360,61 +340,52 @@ memory  of each of {self.world} process(es), GiB; the activations of --token_bud
 def training_state(policy: Policy, optimizer: torch.optim.Optimizer, extra: dict[str, Policy]) -> dict:
     """What is not in --model: of a LoRA policy the adapters alone."""
     weights, moments = get_state_dict(policy, optimizer)
-    for name, p in policy.named_parameters(remove_duplicate=False):
-        if not p.requires_grad:
-            del weights[name]
-    return {"policy": weights, "optimizer": moments, **{name: model.state_dict() for name, model in extra.items()}}
+    frozen = {name for name, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {"policy": {name: w for name, w in weights.items() if name not in frozen}, "optimizer": moments,
+            **{name: model.state_dict() for name, model in extra.items()}}
 
 
-def checksum(path: Path) -> list[int]:
-    """[bytes, CRC-32] of a file."""
-    crc = 0
+def checksum(path: Path) -> str:
     with open(path, "rb") as f:
-        while block := f.read(2**22):
-            crc = zlib.crc32(block, crc)
-    return [path.stat().st_size, crc]
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def make_tracker(name: str, folder: Path, args) -> Callable[[dict], None] | None:
+def make_tracker(args, folder: Path) -> Callable[[dict], None]:
     """A function that sends a row of metrics to TensorBoard, W&B or trackio, each imported only when asked for."""
-    if not name:
-        return None
     try:
-        if name == "tensorboard":
+        if args.track == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder / "tensorboard"))
             return lambda row: [writer.add_scalar(k, v, int(row["step"])) for k, v in row.items() if k != "step"]
-        module = __import__(name)
+        module = importlib.import_module(args.track)
     except ImportError:
-        raise SystemExit(f"error: --track {name}: the package is not installed; pip install {name}") from None
-    module.init(project="self-distillation", name=folder.name, config=dataclasses.asdict(args))
+        raise SystemExit(f"error: --track {args.track}: the package is not installed; pip install "
+                         f"{args.track}") from None
+    module.init(project="self-distillation", name=folder.name, config=dict(vars(args)))
     return lambda row: module.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
 
 
 def draw_curves(history: list[dict], path: Path, title: str) -> None:
     """One panel for each metric that a reader looks at first."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: it would look for a screen
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [("heldout/pass@1", "held-out pass@1"), ("reward/mean", "training reward"), ("entropy", "entropy (nats)"),
-              ("length/mean", "response length (tokens)"), ("grad_norm", "gradient norm"), ("time", "seconds a step")]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
-    for axis, (key, label) in zip(axes.flat, panels):
-        if key == "time":
-            rows = [r for r in history if "time/update" in r]
-            phases = [f"time/{k}" for k in ("sample", "verify", "score", "update", "sync")] if rows else []
-            axis.stackplot([r["step"] for r in rows], [[r.get(k, 0.0) for r in rows] for k in phases],
-                           labels=[k[5:] for k in phases])
-            axis.legend(fontsize=8, loc="upper right") if phases else axis.set_axis_off()
+    panels = {"heldout/pass@1": "held-out pass@1", "reward/mean": "training reward", "entropy": "entropy (nats)",
+              "length/mean": "response length (tokens)", "grad_norm": "gradient norm", "time/update": "seconds a step"}
+    phases = ("sample", "verify", "score", "update", "sync")
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, (key, label) in zip(figure.subplots(2, 3).flat, panels.items()):
+        rows = [r for r in history if key in r]
+        steps = [r["step"] for r in rows]
+        if not rows:
+            axis.set_axis_off()
+        elif key == "time/update":
+            axis.stackplot(steps, [[r.get(f"time/{k}", 0.0) for r in rows] for k in phases], labels=phases)
+            axis.legend(fontsize=8, loc="upper right")
         else:
-            rows = [(r["step"], r[key]) for r in history if key in r]
-            axis.plot(*zip(*rows), marker="o" if len(rows) < 30 else None) if rows else axis.set_axis_off()
+            axis.plot(steps, [r[key] for r in rows], marker="o" if len(rows) < 30 else None)
         axis.set(title=label, xlabel="step")
         axis.grid(alpha=0.3)
-    axes.flat[0].set_ylim(0, 1)
+    figure.axes[0].set_ylim(0, 1)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from common import require
+
 
 @dataclass
 class Rollout:
@@ -56,10 +58,9 @@ def end_tokens(lm_ends: int | list[int] | None, tokenizer: PreTrainedTokenizerBa
 
 
 def check_lengths(prompts: Sequence[list[int]], max_tokens: int, context: int) -> None:
-    for p in prompts:
-        if len(p) + max_tokens > context:
-            raise SystemExit(f"error: a prompt of {len(p)} tokens and --max_tokens {max_tokens} exceed the model's "
-                             f"context of {context}; lower --max_tokens or shorten the prompts")
+    longest = max(map(len, prompts), default=0)
+    require(longest + max_tokens <= context, f"a prompt of {longest} tokens and --max_tokens {max_tokens} exceed the "
+            f"model's context of {context}; lower --max_tokens or shorten the prompts")
 
 
 class HFSampler:
@@ -101,8 +102,7 @@ class HFSampler:
             streams = [np.random.default_rng([*seed, keys[i], j]).random(max_tokens) for i in part for j in range(n)]
             uniforms = torch.from_numpy(np.stack(streams))
             ids, logps = self.decode([prompts[i] for i in part], n, uniforms, temperature, top_p, top_k)
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            for row, text in enumerate(texts):
+            for row, text in enumerate(self.tokenizer.batch_decode(ids, skip_special_tokens=True)):
                 i = part[row // n]
                 finish = "stop" if ids[row][-1] in self.ends else "length"
                 groups[i].append(Rollout(prompts[i], ids[row], logps[row], finish, text))
@@ -113,12 +113,9 @@ class HFSampler:
         """Decode n rows a prompt with `uniforms` [rows, max_tokens]. A prompt is read once; finished rows leave."""
         device, steps = self.device, uniforms.shape[1]
         width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for b, p in enumerate(prompts):
-            ids[b, width - len(p) :] = torch.tensor(p)
-            mask[b, width - len(p) :] = 1
-        ids, mask, uniforms = ids.to(device), mask.to(device), uniforms.to(device)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        uniforms = uniforms.to(device)
         cache = DynamicCache(config=self.lm.config)
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)

@@ -24,14 +24,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import require
 from common.sandbox_child import CALL, DONE, ERROR, JOB, LOAD, MAX_OUTPUT, PASSED, UNFIT, VALUE
 
 PYTHON = os.path.realpath(sys.executable)
 CODE = marshal.dumps(compile(Path(__file__).with_name("sandbox_child.py").read_bytes(), "sandbox", "exec"))
-START = '''import marshal, os
-code = b""
-while len(code) < {size}: code += os.read(0, {size})
-exec(marshal.loads(code)); '''
+START = f"import marshal, sys; exec(marshal.loads(sys.stdin.buffer.read({len(CODE)}))); "
 WHOLE = 6  # time limits of one call that a whole program may take
 
 
@@ -42,7 +40,7 @@ class Ended(Exception):
 class Child:
     """Another process, and messages to and from it: a kind (one byte), a length (four bytes), that many bytes."""
 
-    def __init__(self, command: list[str], **options):
+    def __init__(self, command: list[str], folder: tempfile.TemporaryDirectory | None = None, **options):
         self.socket, other = socket.socketpair()
         # a job's SIGTERM goes to all its processes: this one is still to answer in the step that the run finishes
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -52,7 +50,7 @@ class Child:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.buffer = bytearray()
         self.namespace: int | None = None  # pidfd of the first process of its PID namespace
-        self.folder: tempfile.TemporaryDirectory | None = None
+        self.folder = folder  # to remove when it ends
 
     def ask(self, kind: bytes = b"", payload: bytes = b"", *, limit: float) -> tuple[bytes, bytes]:
         """Send a message (bare bytes where it has no kind) and wait for one: (kind, payload). Raises Ended where none
@@ -102,11 +100,10 @@ def confined(role: str, *, unsafe: bool = False, seconds: int = 10**6) -> Child:
     """
     # the limit on processes counts those of a user: it needs a user namespace, or for root a uid that nobody else has
     uid = 0 if unsafe or os.geteuid() else 10**6 + random.SystemRandom().randrange(10**9)
-    start = START.format(size=len(CODE)) + f"main({role!r}, {seconds}, {uid}, {unsafe})"
+    start = START + f"main({role!r}, {seconds}, {uid}, {unsafe})"
     command = [*([] if unsafe else bubblewrap()), PYTHON, "-I", "-S", "-X", "utf8", "-c", start]
     folder = tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) if unsafe else None
-    child = Child(command, env={}, cwd=folder.name if folder else "/")
-    child.folder = folder
+    child = Child(command, folder, env={}, cwd=folder.name if folder else "/")
     try:
         child.ask(payload=CODE, limit=60)
         if not unsafe:
@@ -137,13 +134,11 @@ def bubblewrap() -> list[str]:
                "--perms", "1777", "--size", str(2**26), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
     try:
         test = subprocess.run([*command, PYTHON, "-I", "-S", "-c", "pass"], capture_output=True, text=True, timeout=60)
-        problem = test.returncode and (test.stderr.strip().splitlines() or ["it failed"])[-1]
+        why = test.returncode and (test.stderr.strip().splitlines() or ["it failed"])[-1]
     except OSError as error:
-        problem = error.strerror
-    if problem:
-        raise SystemExit("error: a model's programs run in a bubblewrap sandbox, and bwrap does not work here "
-                         f"({problem}); install bubblewrap and allow user namespaces, or pass --allow_unsafe_exec to "
-                         "run them with your own rights")
+        why = error.strerror
+    require(not why, f"a model's programs run in a bubblewrap sandbox, and bwrap does not work here ({why}); install "
+            "bubblewrap and allow user namespaces, or pass --allow_unsafe_exec to run them with your own rights")
     return command
 
 

@@ -23,22 +23,27 @@ MAX_OUTPUT = 8 * 2**20  # bytes
 SHOWN = 250  # characters of a value in feedback
 
 
-def main(role: str, seconds: int, uid: int, unsafe: bool) -> None:
-    """Confine this process for good, then serve or drive. uid: whom to become, where this process is root."""
+def take_over() -> None:
+    """Messages come from what was stdin and go to what was stdout; nothing else can read or write there."""
     global requests, replies
-    with open("/proc/self/oom_score_adj", "w") as f:
-        f.write("1000")  # where memory runs out, this goes first
-    requests, replies, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    requests, replies, null = open(os.dup(0), "rb"), os.dup(1), os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)
+
+
+def main(role: str, seconds: int, uid: int, unsafe: bool) -> None:
+    """Confine this process for good, then serve or drive. uid: whom to become, where this process is root."""
+    with open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")  # where memory runs out, this goes first
+    take_over()
     if uid:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    for name, value in dict(AS=MEMORY, CPU=seconds, FSIZE=2**26, CORE=0).items():
+    # NPROC counts a user's processes: see sandbox.confined
+    limits = dict(AS=MEMORY, CPU=seconds, FSIZE=2**26, CORE=0, **({} if unsafe else {"NPROC": PROCESSES}))
+    for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    if not unsafe:  # it counts a user's processes: see sandbox.confined
-        resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
     builtins.exit = builtins.quit = sys.exit  # python -S leaves them out, and programs use them
     send(READY)
     serve() if role == "serve" else drive()
@@ -51,17 +56,10 @@ def send(kind: bytes, payload: bytes = b"") -> None:
 
 
 def receive() -> tuple[bytes, bytes]:
-    def read(count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            part = os.read(requests, count - len(data))
-            if not part:
-                os._exit(0)  # the parent has gone
-            data += part
-        return data
-
-    head = read(5)
-    return head[:1], read(int.from_bytes(head[1:], "little"))
+    head = requests.read(5)
+    if not head:
+        os._exit(0)  # the parent has gone
+    return head[:1], requests.read(int.from_bytes(head[1:], "little"))
 
 
 def describe(error: BaseException) -> bytes:

@@ -24,7 +24,10 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
+
+from common import require
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,14 @@ def load_task(spec: str, *, heldout: int, fields: str = "", instruction: str | N
         train = in_hash_order(load_problems(name, "train", heldout=count, **options))
         own = "train" in SETS.get(name.partition("/")[0], ("", "", ""))[2]  # it has a test split beside
         test = in_hash_order(load_problems(name, "test", **options)) if own else train
-        if len(test) < count + (not own):
-            raise SystemExit(f"error: --task {name}: {len(test)} different problems, but {count} are to be held out; "
-                             "lower --heldout or give more data")
+        require(len(test) >= count + (not own), f"--task {name}: {len(test)} different problems, but {count} are to be "
+                "held out; lower --heldout or give more data")
         tests += test[:count]
         trains.append(train if own else train[count:])
     evaluation = {"the held-out problems": tests}
     evaluation |= {name: load_problems(name, "test", data_dir=data_dir) for name in filter(None, against.split(","))}
-    asked = {plain(question(p)) for problems in evaluation.values() for p in problems}
-    kept = [[p for p in train if plain(question(p)) not in asked] for train in trains]
+    asked = {question(p) for problems in evaluation.values() for p in problems}
+    kept = [[p for p in train if question(p) not in asked] for train in trains]
     everything = [p for train in kept for p in train]
     notes = [f"{len(shared)} of {len(everything)} training questions share 13 words in a row with {name}"
              for name, problems in evaluation.items() if (shared := overlap(everything, problems))]
@@ -139,13 +141,11 @@ def chain_problems(count: int, terms: int | None = None) -> list[Problem]:
 
 
 def chain_problem(numbers: tuple[int, ...]) -> Problem:
-    text = "+".join(map(str, numbers))
-    steps, total = [], numbers[0]
-    for n in numbers[1:]:
-        steps.append(f"{total}+{n}={total + n}")
-        total += n
-    return Problem(id=f"chain/{text}", messages=[{"role": "user", "content": f"Compute {text}."}], answer=str(total),
-                   solution="; ".join([*steps, f"#### {total}"]), verifier="chain", meta={"terms": numbers})
+    text, totals = "+".join(map(str, numbers)), list(accumulate(numbers))
+    steps = [f"{before}+{n}={after}" for before, n, after in zip(totals, numbers[1:], totals[1:])]
+    return Problem(id=f"chain/{text}", messages=[{"role": "user", "content": f"Compute {text}."}],
+                   answer=str(totals[-1]), solution="; ".join([*steps, f"#### {totals[-1]}"]), verifier="chain",
+                   meta={"terms": numbers})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,11 +175,8 @@ def blend(weights: list[float], lists: list[list]) -> list:
 
 
 def question(problem: Problem) -> str:
-    """The question without the instruction that all questions of a set share."""
-    return problem.meta.get("question") or problem.messages[-1]["content"]
-
-
-def plain(text: str) -> str:
+    """The question without the instruction that all questions of a set share, in small letters and single spaces."""
+    text = problem.meta.get("question") or problem.messages[-1]["content"]
     return " ".join(text.lower().split())
 
 
@@ -187,7 +184,7 @@ def overlap(train: Iterable[Problem], evaluation: Iterable[Problem], n: int = 13
     """The training problems that share n words in a row with an evaluation problem, the usual test of contamination."""
 
     def grams(problem: Problem) -> set[str]:
-        words = re.findall(r"\w+", question(problem).lower())
+        words = re.findall(r"\w+", question(problem))
         return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
 
     seen = set().union(*map(grams, evaluation))
@@ -217,8 +214,7 @@ def read_set(spec: str, split: str, data_dir: str) -> Iterator[tuple[dict, str]]
     """Records of one split of a named set; a set with one split has it for both."""
     name, _, part = spec.partition("/")
     hub, file, splits = SETS[name]
-    if name == "sciknoweval" and not part:
-        raise SystemExit(f"error: {name}: name the subject too, e.g. {name}/chemistry")
+    require(part or name != "sciknoweval", f"{name}: name the subject too, e.g. {name}/chemistry")
     split = split if split in splits else splits[0]
     file = str(Path(data_dir) / file.format(part=part, split=split))
     records = read_records(file) if data_dir else read_hub(hub if "@" in hub else f"{hub}@{split}")
@@ -243,21 +239,18 @@ def belongs(record: dict, name: str, part: str, split: str) -> bool:
 def read_records(path: str) -> Iterator[tuple[dict, str]]:
     """Records of a .jsonl file or of a .json list, each with the words that say where it stands."""
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise SystemExit(f"error: --task: no such file: {path}")
+    require(file.is_file(), f"--task: no such file: {path}")
     text = file.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        try:
+    line = 1  # where the JSON text begins that is being read
+    try:
+        if text.lstrip().startswith("["):
             yield from ((record, f"{path}, record {i}") for i, record in enumerate(json.loads(text), 1))
-        except json.JSONDecodeError as error:
-            raise SystemExit(f"error: {path}, line {error.lineno}: not JSON ({error.msg})") from None
-        return
-    for i, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028 as it is
-        if line.strip():
-            try:
-                yield json.loads(line), f"{path}, line {i}"
-            except json.JSONDecodeError as error:
-                raise SystemExit(f"error: {path}, line {i}: not JSON ({error.msg})") from None
+            return
+        for line, part in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028 as it is
+            if part.strip():
+                yield json.loads(part), f"{path}, line {line}"
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"error: {path}, line {line + error.lineno - 1}: not JSON ({error.msg})") from None
 
 
 def read_hub(name: str) -> Iterator[tuple[dict, str]]:
@@ -290,8 +283,7 @@ def as_problem(record: dict, where: str, fields: str, instruction: str | None) -
     """One record as a problem. Its fields tell its kind: those in CODE_FORMS make it code; kind "mcq" or answerKey
     (SciKnowEval) multiple choice; kind "tooluse" or golden_answer (ToolAlpaca) tool calls; any other is maths, where an
     answer that ends in "#### N", as GSM8K's do, is a solution and its answer."""
-    if not isinstance(record, dict):
-        raise SystemExit(f"error: {where}: a record must be a JSON object, not {type(record).__name__}")
+    require(isinstance(record, dict), f"{where}: a record must be a JSON object, not {type(record).__name__}")
     renamed = dict(pair.split("=", 1) for pair in fields.split(",") if "=" in pair)
     found = {name: record[key] for name, keys in NAMES.items()
              for key in ([renamed[name]] if name in renamed else keys)[::-1] if key in record}
@@ -301,10 +293,9 @@ def as_problem(record: dict, where: str, fields: str, instruction: str | None) -
     if isinstance(found.get("answer"), list):
         found["answer"] = json.dumps(found["answer"])
     for name in ("question",) if code else ("question", "answer"):
-        value = found.get(name)
-        if not isinstance(value, (str, int, float)) or not str(value).strip():
-            raise SystemExit(f"error: {where}: field {renamed.get(name, name)!r} is missing or empty; it has "
-                             f"{', '.join(record)}; name the fields with --fields, e.g. {name}=FIELD")
+        there = isinstance(found.get(name), (str, int, float)) and str(found[name]).strip()
+        require(there, f"{where}: field {renamed.get(name, name)!r} is missing or empty; it has {', '.join(record)}; "
+                f"name the fields with --fields, e.g. {name}=FIELD")
     user = text = str(found["question"])
     answer, solution, meta = str(found.get("answer", "")).strip() or None, found.get("solution"), {}
     if code:
@@ -411,9 +402,8 @@ def gym_problems(name: str, count: int) -> list[Problem]:
     import reasoning_gym
 
     try:
-        entries = reasoning_gym.create_dataset(name, size=count, seed=0)
+        made = reasoning_gym.create_dataset(name, size=count, seed=0)
     except ValueError as error:  # an unknown name
         raise SystemExit(f"error: --task gym:{name}: {error}") from None
-    asked = [[{"role": "user", "content": f"{entry['question']}\n\n{GYM_INSTRUCTION}"}] for entry in entries]
-    return [Problem(f"gym/{name}/{i}", messages, str(entry["answer"]), None, "gym", {"gym": name, "entry": entry})
-            for i, (entry, messages) in enumerate(zip(entries, asked))]
+    return [Problem(f"gym/{name}/{i}", [{"role": "user", "content": f"{entry['question']}\n\n{GYM_INSTRUCTION}"}],
+                    str(entry["answer"]), None, "gym", {"gym": name, "entry": entry}) for i, entry in enumerate(made)]

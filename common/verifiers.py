@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import pickle
 import re
 import resource
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from common.sandbox import Child, Ended, bubblewrap, confined, run_functions
+from common.sandbox_child import receive, send, take_over
 from common.tasks import Problem
 
 
@@ -293,21 +293,16 @@ class Verifier:
 
 
 def work(kind: str) -> None:
-    """The worker: questions come on stdin, verdicts go to what was stdout; nothing else can write there."""
-    replies = os.dup(1)
-    os.dup2(2, 1)
+    """The worker: questions come, verdicts go."""
+    take_over()
     resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 9**9**9 is to fail here, not to fill the machine
     importlib.import_module(LIBRARIES[kind])
     if kind == "math":
         compare_math("1", "1")  # the first parse builds tables
     kind, answer = b"r", ""
     while True:
-        payload = json.dumps(answer).encode()
-        os.write(replies, kind + len(payload).to_bytes(4, "little") + payload)
-        head = sys.stdin.buffer.read(5)
-        if not head:
-            return
-        problem, text = pickle.loads(sys.stdin.buffer.read(int.from_bytes(head[1:], "little")))
+        send(kind, json.dumps(answer).encode())
+        problem, text = pickle.loads(receive()[1])
         try:
             kind, answer = b"v", asdict(judge(problem, text))
         except BadProblem as error:
