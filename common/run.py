@@ -85,7 +85,7 @@ class Run:
         self.args = args
         cuda, (store, rank, world) = torch.cuda.is_available(), meeting_place()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
-        self.rank, self.world = rank, world
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", dist.get_node_local_rank(0)) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
@@ -313,7 +313,8 @@ a step  {args.batch_size:,} questions × {group} responses = {count:,} rollouts,
 steps   {steps:,}: {steps * updates:,} updates, {steps * args.batch_size / len(task.train):.2f} passes over the problems
 model   {type(lm).__name__}, N = {N:,} parameters, context {limit:,} tokens
 memory  of each of {self.world} process(es), GiB; the activations of --token_budget tokens come on top
-{trained / 2**30:10.3f}  {n:,}/{S} × (weights, gradients 8 + AdamW {adam} + copies {4 * copies}) + N/{S} × {base} bytes
+{trained / 2**30:10.3f}  {n:,}/{S} × (weights, gradients 8 + AdamW {adam} + {copies} more model(s), 4 each) bytes,
+            and of a frozen base N/{S} × {base}
 {width * N / 2**30:10.3f}  the sampler's copy: N × {width} bytes
 {cache / 2**30:10.3f}  its KV cache: {rows} rows × {length} tokens × {shape.num_hidden_layers} layers × {kv} bytes
 {(trained + width * N + cache) / 2**30:10.3f}  together""")
