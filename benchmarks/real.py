@@ -1,6 +1,6 @@
 """A few steps of the files on a real model and real problems: does everything hold together there?
 
-    python benchmarks/real.py --model SMOLLM2_135M_INSTRUCT --data_dir DATA        # twenty minutes on two cores
+    python benchmarks/real.py --model SMOLLM2_135M_INSTRUCT --data_dir DATA        # ten minutes on two cores
 
 It shows that formats, verifiers, contexts and memory work out, not that a small model learns in four steps. Writes
 results/real/NAME.json for each of RUNS: the command, every metric of every step, and one rollout with its verdict.
@@ -19,12 +19,13 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--batch_size 2 --group_size 8 --heldout 8 --eval_every 1000 --steps 4 --lr 1e-6 --warmup 0 --token_budget 2048"
+SMALL = "--heldout 4 --eval_every 1000 --lr 1e-6 --warmup 0 --token_budget 2048"
+SDPO = f"{SMALL} --batch_size 1 --group_size 4 --steps 2 --max_tokens 96"
 RUNS = {
-    "grpo-gsm8k": f"grpo.py --task gsm8k {SMALL} --beta 0 --max_tokens 160 --share_prompts",
-    "sdpo-mbpp": f"sdpo.py --task mbpp {SMALL} --max_tokens 128 --kl reverse --top_k 20",
-    "sdpo-sciknoweval": f"sdpo.py --task sciknoweval/physics {SMALL} --max_tokens 96 --steps 3",
-    "sdpo-toolalpaca": f"sdpo.py --task toolalpaca {SMALL} --max_tokens 96 --steps 3 --top_k 100",
+    "grpo-gsm8k": f"grpo.py --task gsm8k {SMALL} --batch_size 2 --group_size 8 --steps 4 --beta 0 --max_tokens 160 --share_prompts",
+    "sdpo-mbpp": f"sdpo.py --task mbpp {SDPO} --kl reverse --top_k 20",
+    "sdpo-sciknoweval": f"sdpo.py --task sciknoweval/physics {SDPO}",
+    "sdpo-toolalpaca": f"sdpo.py --task toolalpaca {SDPO} --top_k 100",
 }
 
 
