@@ -313,7 +313,7 @@ a step  {args.batch_size:,} questions × {group} responses = {count:,} rollouts,
 steps   {steps:,}: {steps * updates:,} updates, {steps * args.batch_size / len(task.train):.2f} passes over the problems
 model   {type(lm).__name__}, N = {N:,} parameters, context {limit:,} tokens
 memory  of each of {self.world} process(es), GiB; the activations of --token_budget tokens come on top
-{trained / 2**30:10.3f}  {"N" if n == N else n}/{S} × (weights, gradients 8 + AdamW {adam} + {copies} more model(s), 4 each)
+{trained / 2**30:10.3f}  {"N" if n == N else n}/{S} × (weights, grads 8 + AdamW {adam} + {copies} more model(s), 4 each)
             + of a frozen base N/{S} × {base} bytes
 {width * N / 2**30:10.3f}  the sampler's copy: N × {width} bytes
 {cache / 2**30:10.3f}  its KV cache: {rows} rows × {length} tokens × {shape.num_hidden_layers} layers × {kv} bytes
