@@ -303,6 +303,7 @@ def blend(teacher: Policy | Adapters, student: Policy | Adapters, rate: float) -
 def full_weights(model: Policy | Adapters) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and whole tensors, gathered one at a time and with adapters merged in. A collective: every
     rank must run through it."""
+    model.reshard()  # a forward without a backward leaves the outermost unit gathered
     adapters = dict(zip((name for name, _ in model.lm.named_parameters() if ".lora_" in name), moved(model)))
     for name, p in model.lm.named_parameters():
         if name in adapters:

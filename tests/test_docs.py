@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import CHAIN, ROOT
 from test_house import ALGORITHMS, code_lines
+from torch.distributed.run import get_args_parser
 
 from common.run import parse
 
@@ -224,7 +225,7 @@ def test_every_command_can_be_typed(page):
 def test_every_flag_in_the_prose_exists(page):
     scripts = [f"{a}.py" for a in ALGORITHMS] + [f"benchmarks/{p.name}" for p in (ROOT / "benchmarks").glob("*.py")]
     own = [f"{page.stem}.py"] if page in METHOD_PAGES else scripts
-    known = set().union(*map(flags_of, own)) | {"--help"}
+    known = set().union(*map(flags_of, own)) | {"--help", *get_args_parser()._option_string_actions}
     if page == SIXTH:
         known |= {"--confidence"}  # of the file that the page makes
     spans = [s for s in code_spans(prose(page)) if not re.search(r"\.py|torchrun|pip ", s)]
