@@ -10,7 +10,7 @@ of other responses to it), reads the student's responses behind each, and report
 with the right reference and with a shuffled one (another question's), and I as the mean KL of the K teachers to their
 mean. What the right and the shuffled reference have in common is format, not information.
 
-The runs. GRPO, RLSD and OPSD (forward KL to the answer-conditioned teacher: live, EMA and frozen) from the same start
+The runs. GRPO, RLSD and OPSD (forward KL to the answer-conditioned teacher: live and frozen) from the same start
 with the same rollouts a step, for --steps steps and --seeds seeds: held-out pass@1, response length, entropy, and the
 rate of responses that speak of a reference they cannot see. Writes results/leakage/{leakage.json, leakage.png,
 leakage.md}; a run that is already under --out is not repeated.
@@ -47,7 +47,6 @@ RUNS = {
     "GRPO": ["rlsd.py", "--demo", "--lam", "0"],
     "RLSD": ["rlsd.py", "--demo"],
     "OPSD live": [*OPSD, "--teacher", "live"],
-    "OPSD EMA": [*OPSD, "--teacher", "ema"],
     "OPSD frozen": [*OPSD, "--teacher", "frozen"],
 }
 
@@ -140,13 +139,13 @@ def main(args: Args) -> None:
              "| probe, nats a token | mean | standard error | questions |", "|---|---|---|---|"]
     lines += [f"| {name} | {row['mean']:.4f} | {row['stderr']:.4f} | {row['questions']} |" for name, row in measured.items()]
     if runs:
-        lines += ["", f"| method | best held-out pass@1 (step) | at step {args.steps} | entropy at the end | leaks |",
+        lines += ["", f"| method | best held-out pass@1 (step) | at the end (step) | entropy at the end | leaks |",
                   "|---|---|---|---|---|"]
         for name, seeds in runs.items():
             curve, steps = mean_curve(seeds, "heldout/pass@1")
             entropy, _ = mean_curve(seeds, "entropy")
             best = max(range(len(curve)), key=lambda i: curve[i])
-            lines.append(f"| {name} | {curve[best]:.3f} ({steps[best]}) | {curve[-1]:.3f} | {entropy[-1]:.4f} | "
+            lines.append(f"| {name} | {curve[best]:.3f} ({steps[best]}) | {curve[-1]:.3f} ({steps[-1]}) | {entropy[-1]:.4f} | "
                          f"{sum(s[0]['leak/dumped'] for s in seeds) / len(seeds):.4f} |")
         draw(runs, folder / "leakage.png")
     (folder / "leakage.md").write_text("\n".join(lines) + "\n")
