@@ -25,7 +25,6 @@ RUNS = {
     "grpo-gsm8k": f"grpo.py --task gsm8k {SMALL} --batch_size 2 --group_size 8 --steps 4 --beta 0 --max_tokens 160 --share_prompts",
     "sdpo-mbpp": f"sdpo.py --task mbpp {SDPO} --kl reverse --top_k 20",
     "sdpo-sciknoweval": f"sdpo.py --task sciknoweval/physics {SDPO}",
-    "sdpo-toolalpaca": f"sdpo.py --task toolalpaca {SDPO} --top_k 100",
 }
 
 
