@@ -139,7 +139,7 @@ def main(args: Args) -> None:
              "| probe, nats a token | mean | standard error | questions |", "|---|---|---|---|"]
     lines += [f"| {name} | {row['mean']:.4f} | {row['stderr']:.4f} | {row['questions']} |" for name, row in measured.items()]
     if runs:
-        lines += ["", f"| method | best held-out pass@1 (step) | at the end (step) | entropy at the end | leaks |",
+        lines += ["", "| method | best held-out pass@1 (step) | at the end (step) | entropy at the end | leaks |",
                   "|---|---|---|---|---|"]
         for name, seeds in runs.items():
             curve, steps = mean_curve(seeds, "heldout/pass@1")
