@@ -1,23 +1,24 @@
 """Methods side by side: one model, one task, one sampler, one verifier, equal rollout budgets, several seeds.
 
-    python benchmarks/compare.py chain              # the embedded model: tuning, runs, table, figures (hours on two cores)
-    python benchmarks/compare.py chain --jobs 2     # two runs at a time, one thread each
+    python benchmarks/compare.py chain --jobs 2       # the embedded model: tuning, runs, table, figures (hours on two cores)
+    python benchmarks/compare.py sdpo --jobs 2        # one of the papers' claims; also grpo, hsd, sdzero, breaks
     python benchmarks/compare.py smollm2 --model PATH_OF_SMOLLM2_135M_INSTRUCT
 
-A grid (GRIDS below) declares methods, budget, tuning and seeds. Each method first gets the same small tuning: every
-learning rate of LEARNING_RATES on seeds that are not reported; the best final held-out pass@1 wins. Then the reported
-seeds run. Every run is a plain command of an algorithm file; one that is already under --out is not repeated, so the
-same line goes on where it was stopped. Writes results/compare/NAME/: search.json, runs.json, table.md, rollouts.png,
-tokens.png.
+A grid (GRIDS below) declares methods, budget, tuning and seeds. Where it names several learning rates, each method first
+gets the same small tuning: every rate on seeds that are not reported; the best final held-out pass@1 wins. Then the
+reported seeds run. Every run is a plain command of an algorithm file; one that is already under --out is not repeated, so
+the same line goes on where it was stopped, and grids share their runs. Writes results/compare/NAME/: search.json,
+runs.json, table.md, rollouts.png, tokens.png.
 """
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
@@ -47,6 +48,7 @@ HSD = ["hsd.py", *CHAIN, "--beta", "0"]
 class Method:
     command: list[str]
     rate: str = "--lr"  # the flag that is tuned
+    fixed: float = 0.0  # its value where the grid does not tune it; 0: the grid's
 
 
 METHODS = {  # 5,120 rollouts each; what is not said is the demo's (the table prints every command)
@@ -72,26 +74,77 @@ METHODS = {  # 5,120 rollouts each; what is not said is the demo's (the table pr
     "RFT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--baseline", "rft", "--srt_questions", "1280", "--sd_questions",
                    "64", "--kept_traces", "2000"], "--srt_lr"),
 }
+FAMILIES = {  # panels of the figures
+    "with a verifier's advantage": ("GRPO", "Dr. GRPO", "DAPO, no refill", "RLSD", "GRPO+OPSD"),
+    "learning from a peer or feedback": ("SDPO", "SDPO reverse KL", "HSD (live, as printed)", "HSD frozen",
+                                         "HSD frozen, reverse KL"),
+    "learning from an answer, a solution, oneself": ("OPSD answer", "OPSD solution", "SDFT", "SD-Zero", "SRT", "SD only",
+                                                     "RFT"),
+}
+
+# The papers' claims, as changes to one method
+SDPO = METHODS["SDPO reverse KL"].command
+CLAIMS = {
+    "sdpo": {  # Table 4 and Fig. 10 of the SDPO paper
+        "Whose weights teach": ("SDPO, average (0.05)", "SDPO, trust region (0.05)", "SDPO, start", "SDPO, live"),
+        "What a token is told": ("SDPO, average (0.05)", "SDPO, likeliest token", "SDPO, sampled token", "SDPO, whole response"),
+    },
+    "hsd": {
+        "Direction and teacher": ("HSD forward, start", "HSD reverse, start", "HSD forward, average", "HSD reverse, average",
+                                  "HSD forward, live", "HSD reverse, live"),
+        "Group size, 128 rollouts a step": ("HSD 64 × 2", "HSD 32 × 4", "HSD forward, start", "HSD 8 × 16"),
+        "Which peer": ("HSD forward, start", "HSD shortest peer", "HSD failed rollouts only"),
+    },
+    "grpo": {"Four updates a step": ("GRPO × 4", "Dr. GRPO × 4", "DAPO × 4", "GSPO × 4", "CISPO × 4")},
+    "sdzero": {"Phases": ("SD-Zero, one round", "SD-Zero, two rounds", "SD-Zero, phase 1", "SD-Zero, phase 2")},
+    "breaks": {
+        "A rate ten times the demo's": ("GRPO, 1e-3", "RLSD, 1e-3", "SDPO, 1e-3"),
+        "Own success as the hint": ("SDPO, siblings alone", "SDPO, own success too"),
+    },
+}
+METHODS |= {
+    "SDPO, average (0.05)": Method(SDPO), "SDPO, siblings alone": Method(SDPO),
+    **{f"SDPO, {name}": Method([*SDPO, "--teacher", flag]) for name, flag in
+       (("trust region (0.05)", "trust_region"), ("start", "frozen"), ("live", "live"))},
+    **{f"SDPO, {name}": Method([*SDPO, "--granularity", flag]) for name, flag in
+       (("likeliest token", "token"), ("sampled token", "sampled"), ("whole response", "sequence"))},
+    **{f"HSD {kl}, {name}": Method([*HSD, "--kl", kl, "--teacher", flag], fixed=rate) for kl, rate in
+       (("forward", 3e-4), ("reverse", 1e-4)) for name, flag in (("start", "frozen"), ("average", "ema"), ("live", "live"))},
+    **{f"HSD {b} × {g}": Method([*HSD, "--teacher", "frozen", "--batch_size", str(b), "--group_size", str(g)], fixed=3e-4)
+       for b, g in ((64, 2), (32, 4), (8, 16))},
+    "HSD shortest peer": Method([*HSD, "--teacher", "frozen", "--peer", "shortest"], fixed=3e-4),
+    "HSD failed rollouts only": Method([*HSD, "--teacher", "frozen", "--train_on", "failed"], fixed=3e-4),
+    **{f"{name} × 4": Method(["grpo.py", *CHAIN, "--loss", flag, "--dynamic_sampling", "0", "--minibatches", "4"])
+       for name, flag in (("GRPO", "grpo"), ("Dr. GRPO", "dr_grpo"), ("DAPO", "dapo"), ("GSPO", "gspo"), ("CISPO", "cispo"))},
+    "SD-Zero, one round": METHODS["SD-Zero"],
+    "SD-Zero, two rounds": Method([*METHODS["SD-Zero"].command, "--sd_questions", "1280", "--rounds", "2"]),
+    "SD-Zero, phase 1": METHODS["SRT"], "SD-Zero, phase 2": METHODS["SD only"],
+    **{f"{file.upper()}, 1e-3": Method([f"{file}.py", *CHAIN], fixed=1e-3) for file in ("grpo", "rlsd", "sdpo")},
+    "SDPO, own success too": Method(["benchmarks/own_hint.py", *SDPO[1:]]),
+}
 
 
 @dataclass
 class Grid:
-    methods: list[str]
-    tuning_seeds: tuple[int, ...]
+    panels: dict[str, tuple[str, ...]]  # of the figures; all names are run
     seeds: tuple[int, ...]
-    rates: tuple[float, ...]
+    rates: tuple[float, ...]  # of the tuning; one: no tuning
+    tuning_seeds: tuple[int, ...] = ()
+    runs: str = "chain"  # the folder of its runs: grids on the same model and task share them
+    samples: int = 8  # a held-out problem, at the end
     extra: list[str] = field(default_factory=list)
 
 
 GRIDS = {
-    "chain": Grid(list(METHODS), (100,), (0, 1, 2, 3, 4), (1e-4, 3e-4)),
+    "chain": Grid(FAMILIES, (0, 1, 2, 3, 4), (1e-4, 3e-4), (100,)),
+    **{name: Grid(panels, (0, 1, 2), (1e-4,)) for name, panels in CLAIMS.items()},
 }
 
 
 @dataclass
 class Args:
     grid: tyro.conf.Positional[str]
-    """chain or smollm2"""
+    """one of GRIDS"""
     model: str = ""
     """folder of the model, where the grid needs one"""
     out: str = "runs/compare"
@@ -145,7 +198,7 @@ def first_to(run: dict[str, list[float]], level: float) -> float | None:
     return next((r for r, p in zip(run["rollouts"], run["pass"]) if p >= level), None)
 
 
-def pass_at(folder: Path, task: str, n: int = 16) -> dict[str, float]:
+def pass_at(folder: Path, n: int) -> dict[str, float]:
     """pass@1 and pass@8 of a run's last checkpoint on the held-out problems, from n samples (unbiased estimator)."""
     cache = folder / "pass_at.json"
     if cache.exists():
@@ -172,29 +225,38 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(t * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
+def one(command: list[str], folder: Path, threads: int, samples: int) -> None:
+    """A run and its final evaluation; a process of its own."""
+    torch.set_num_threads(threads)
+    execute(command, folder, threads)
+    if samples:
+        pass_at(folder, samples)
+    print(f"{folder.parent.name}/{folder.name}: {rows_of(folder)[-1]['heldout/pass@1']:.3f}", flush=True)
+
+
 def main(args: Args) -> None:
     grid = GRIDS[args.grid]
-    chosen = [m for m in grid.methods if not args.only or m in args.only.split(";")]
-    base, threads = Path(args.out) / args.grid, max(1, (os.cpu_count() or 1) // args.jobs)
+    names = list(dict.fromkeys(name for members in grid.panels.values() for name in members))
+    chosen = [m for m in names if not args.only or m in args.only.split(";")]
+    base, threads = Path(args.out) / grid.runs, max(1, (os.cpu_count() or 1) // args.jobs)
     extra = [*grid.extra, *(["--model", args.model] if args.model else [])]
-    name = lambda method: "".join(c if c.isalnum() else "-" for c in method)
+    first = {tuple(METHODS[m].command): m for m in reversed(METHODS)}  # one command, one folder, whatever a grid calls it
+    name = lambda method: "".join(c if c.isalnum() else "-" for c in first[tuple(METHODS[method].command)])
     folder = lambda method, rate, seed: base / name(method) / f"lr{rate:g}-s{seed}"
     command = lambda m, rate, seed: [*METHODS[m].command, *extra, METHODS[m].rate, f"{rate:g}", "--seed", str(seed)]
-    torch.set_num_threads(threads)
 
-    def many(jobs: list[tuple[str, float, int]]) -> None:
-        def one(job: tuple[str, float, int]) -> None:
-            execute(command(*job), folder(*job), threads)
-            print(f"{job[0]}, learning rate {job[1]:g}, seed {job[2]}: {rows_of(folder(*job))[-1]['heldout/pass@1']:.3f}", flush=True)
+    def many(jobs: list[tuple[str, float, int]], samples: int) -> None:
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            for done in [pool.submit(one, command(*job), folder(*job), threads, samples) for job in jobs]:
+                done.result()
 
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(one, jobs))
-
-    many([(m, rate, s) for m in chosen for rate in grid.rates for s in grid.tuning_seeds])
-    search = {m: {f"{rate:g}": float(np.mean([progress(folder(m, rate, s))["pass"][-1] for s in grid.tuning_seeds]))
-                  for rate in grid.rates} for m in chosen}
-    best = {m: float(max(found, key=found.get)) for m, found in search.items()}
-    many([(m, best[m], s) for m in chosen for s in grid.seeds])
+    best, search = {m: METHODS[m].fixed or grid.rates[0] for m in chosen}, {}
+    if len(grid.rates) > 1:
+        many([(m, rate, s) for m in chosen for rate in grid.rates for s in grid.tuning_seeds], 0)
+        search = {m: {f"{rate:g}": float(np.mean([progress(folder(m, rate, s))["pass"][-1] for s in grid.tuning_seeds]))
+                      for rate in grid.rates} for m in chosen}
+        best = {m: float(max(found, key=found.get)) for m, found in search.items()}
+    many([(m, best[m], s) for s in grid.seeds for m in chosen], grid.samples)
 
     runs: dict[str, list[dict]] = {}
     for m in chosen:
@@ -203,28 +265,31 @@ def main(args: Args) -> None:
             where = folder(m, best[m], s)
             rows = rows_of(where)
             last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
-            runs[m].append({"seed": s, **progress(where), **pass_at(where, args.grid), "entropy": last.get("entropy"),
+            runs[m].append({"seed": s, **progress(where), **pass_at(where, grid.samples), "entropy": last.get("entropy"),
                             "peak_gib": max(row["peak_gib"] for row in rows)})
     out = ROOT / "results" / "compare" / args.grid
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    about = {"command": "python benchmarks/compare.py " + " ".join(sys.argv[1:]), "commit": commit,
+    hide = lambda text: text.replace(args.model or "\0", "MODEL")  # the reader's path is another
+    about = {"command": hide("python benchmarks/compare.py " + " ".join(sys.argv[1:])), "commit": commit,
              "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.jobs} run(s) at a time"}
-    commands = {m: " ".join(command(m, best[m], 0)[:-2]).replace(args.model or "\0", "MODEL") for m in chosen}
-    about["command"] = about["command"].replace(args.model or "\0", "MODEL")
-    (out / "search.json").write_text(json.dumps({**about, "seeds": grid.tuning_seeds, "final held-out pass@1": search}, indent=1))
+    commands = {m: hide(" ".join(command(m, best[m], 0)[:-2])) for m in chosen}
+    if search:
+        (out / "search.json").write_text(json.dumps({**about, "seeds": grid.tuning_seeds, "final held-out pass@1": search},
+                                                    indent=1))
     (out / "runs.json").write_text(json.dumps({**about, "seeds": grid.seeds, "commands": commands, "runs": runs}))
-    (out / "table.md").write_text(table(about, runs, best, commands, len(grid.seeds)))
+    (out / "table.md").write_text(table(about, runs, best, commands, grid))
     for axis in ("rollouts", "tokens"):
-        draw(runs, axis, out / f"{axis}.png")
+        draw(grid.panels, runs, axis, out / f"{axis}.png")
     print((out / "table.md").read_text())
 
 
-def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], commands: dict[str, str], seeds: int) -> str:
+def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], commands: dict[str, str], grid: Grid) -> str:
+    seeds = len(grid.seeds)
     lines = [f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. Means over {seeds} seeds, ± half the 95 % "
-             "interval; pass@k at the end, of 16 samples a held-out problem.", "",
-             "| method | learning rate | pass@1 | pass@8 | rollouts to 60 % | to 80 % | rollouts | sampled tokens | seconds | "
-             "entropy | length | peak GiB |", "|" + "---|" * 12]
+             f"interval; pass@k at the end, of {grid.samples} samples a held-out problem; best: the highest evaluation of a run.", "",
+             "| method | learning rate | pass@1 | pass@8 | best | rollouts to 60 % | to 80 % | rollouts | sampled tokens | seconds | "
+             "entropy | length | peak GiB |", "|" + "---|" * 13]
     for m, results in sorted(runs.items(), key=lambda item: -np.mean([r["pass@1"] for r in item[1]])):
         cell = lambda values: "–" if any(v is None for v in values) else f"{np.mean(values):.3g}"
         mean, half = interval([r["pass@1"] for r in results])
@@ -234,22 +299,18 @@ def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], comm
             hit = [f for f in firsts if f is not None]
             reach.append("never" if not hit else f"{np.mean(hit):,.0f}" + (f" ({len(hit)} of {seeds})" if len(hit) < seeds else ""))
         lines.append(f"| {m} | {best[m]:g} | {mean:.3f} ± {half:.3f} | {np.mean([r['pass@8'] for r in results]):.3f} | "
-                     f"{reach[0]} | {reach[1]} | {np.mean([r['rollouts'][-1] for r in results]):,.0f} | "
+                     f"{np.mean([max(r['pass']) for r in results]):.3f} | {reach[0]} | {reach[1]} | {np.mean([r['rollouts'][-1] for r in results]):,.0f} | "
                      f"{np.mean([r['tokens'][-1] for r in results]):,.0f} | {np.mean([r['seconds'][-1] for r in results]):.0f} | "
                      f"{cell([r['entropy'] for r in results])} | {np.mean([r['length'] for r in results]):.1f} | "
                      f"{np.mean([r['peak_gib'] for r in results]):.2f} |")
     return "\n".join([*lines, "", "Commands:", "", *(f"- {m}: `python {c}`" for m, c in commands.items())]) + "\n"
 
 
-def draw(runs: dict[str, list[dict]], axis: str, path: Path) -> None:
+def draw(panels: dict[str, tuple[str, ...]], runs: dict[str, list[dict]], axis: str, path: Path) -> None:
     """Held-out pass@1 against rollouts or tokens: mean over seeds, and a band from the lowest to the highest seed."""
-    families = [("with a verifier's advantage", ("GRPO", "Dr. GRPO", "DAPO, no refill", "RLSD", "GRPO+OPSD")),
-                ("learning from a peer or feedback", ("SDPO", "SDPO reverse KL", "HSD (live, as printed)", "HSD frozen",
-                                                      "HSD frozen, reverse KL")),
-                ("learning from an answer, a solution, oneself", ("OPSD answer", "OPSD solution", "SDFT", "SD-Zero", "SRT",
-                                                                  "SD only", "RFT"))]
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True, sharey=True)
-    for panel, (title, members) in zip(axes, families):
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(7, 5.4 * len(panels)), 4.8), constrained_layout=True, sharey=True,
+                                squeeze=False)
+    for panel, (title, members) in zip(axes[0], panels.items()):
         for m in [m for m in members if m in runs]:
             top = min(r[axis][-1] for r in runs[m])
             xs = np.linspace(0, top, 60)
@@ -259,7 +320,7 @@ def draw(runs: dict[str, list[dict]], axis: str, path: Path) -> None:
         panel.set(title=title, xlabel=f"sampled {axis}" if axis == "tokens" else axis, ylim=(0, 1))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    axes[0].set_ylabel("held-out pass@1")
+    axes[0][0].set_ylabel("held-out pass@1")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
