@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -124,6 +125,20 @@ METHODS |= {
 }
 
 
+# A real model that learns to say which of two numbers is larger: 640 rollouts
+LARGER = ["--demo", "--task", "jsonl:benchmarks/larger.jsonl", "--instruction", 'Begin with "The answer is".', "--heldout", "32",
+          "--temperature", "0.7", "--max_tokens", "24", "--lora_rank", "16"]
+SMALL = [*LARGER, "--batch_size", "4", "--group_size", "8", "--steps", "20", "--eval_every", "5"]
+METHODS |= {
+    "GRPO (135M)": Method(["grpo.py", *SMALL]),
+    "RLSD (135M)": Method(["rlsd.py", *SMALL]),
+    "SDPO (135M)": Method(["sdpo.py", *SMALL, "--kl", "reverse"]),
+    "HSD (135M)": Method(["hsd.py", *SMALL, "--teacher", "frozen", "--beta", "0", "--top_p", "1"]),
+    "SD-Zero (135M)": Method(["sdzero.py", *LARGER, "--srt_questions", "32", "--srt_max_tokens", "24", "--sd_questions", "256",
+                              "--rounds", "2", "--batch_size", "32", "--eval_every", "4"]),  # 32 + 3 × 32, then 16 × 32
+}
+
+
 @dataclass
 class Grid:
     panels: dict[str, tuple[str, ...]]  # of the figures; all names are run
@@ -137,7 +152,9 @@ class Grid:
 
 GRIDS = {
     "chain": Grid(FAMILIES, (0, 1, 2, 3, 4), (1e-4, 3e-4), (100,)),
-    **{name: Grid(panels, (0, 1, 2), (1e-4,)) for name, panels in CLAIMS.items()},
+    **{name: Grid(panels, (0, 1), (1e-4,)) for name, panels in CLAIMS.items()},
+    "smollm2": Grid({"SmolLM2-135M-Instruct: the larger of two numbers": tuple(m for m in METHODS if "135M" in m)}, (0, 1),
+                    (5e-4,), runs="smollm2"),
 }
 
 
@@ -206,10 +223,10 @@ def pass_at(folder: Path, n: int) -> dict[str, float]:
     args = json.loads((folder / "args.json").read_text())
     path = str(sorted((folder / "checkpoints").glob("step_*"))[-1])
     tokenizer = load_tokenizer(path)
-    problems = load_task(args["task"], heldout=args["heldout"], data_dir=args["data_dir"]).heldout
+    problems = load_task(args["task"], heldout=args["heldout"], data_dir=args["data_dir"], instruction=args["instruction"]).heldout
     sampler, verifier = HFSampler(path, tokenizer, torch.device("cpu")), Verifier()
     groups = sampler.sample([chat_ids(tokenizer, p.messages) for p in problems], n, seed=(999,), keys=range(len(problems)),
-                            max_tokens=args["max_tokens"])
+                            max_tokens=args["max_tokens"], temperature=args["temperature"])
     verdicts = verifier([p for p in problems for _ in range(n)], [o.text for g in groups for o in g])
     verifier.close()
     right = [sum(v.reward == 1 for v in verdicts[i * n : i * n + n]) for i in range(len(problems))]
@@ -273,7 +290,7 @@ def main(args: Args) -> None:
     hide = lambda text: text.replace(args.model or "\0", "MODEL")  # the reader's path is another
     about = {"command": hide("python benchmarks/compare.py " + " ".join(sys.argv[1:])), "commit": commit,
              "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.jobs} run(s) at a time"}
-    commands = {m: hide(" ".join(command(m, best[m], 0)[:-2])) for m in chosen}
+    commands = {m: hide(shlex.join(command(m, best[m], 0)[:-2])) for m in chosen}
     if search:
         (out / "search.json").write_text(json.dumps({**about, "seeds": grid.tuning_seeds, "final held-out pass@1": search},
                                                     indent=1))
@@ -286,19 +303,21 @@ def main(args: Args) -> None:
 
 def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], commands: dict[str, str], grid: Grid) -> str:
     seeds = len(grid.seeds)
-    lines = [f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. Means over {seeds} seeds, ± half the 95 % "
-             f"interval; pass@k at the end, of {grid.samples} samples a held-out problem; best: the highest evaluation of a run.", "",
+    lines = [f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. {'Means over ' + str(seeds) + ' seeds, ± half the 95 % interval' if seeds > 2 else 'Each of the two seeds'}; "
+             f"pass@k at the end, of {grid.samples} samples a held-out problem; best: the highest evaluation of a run.", "",
              "| method | learning rate | pass@1 | pass@8 | best | rollouts to 60 % | to 80 % | rollouts | sampled tokens | seconds | "
              "entropy | length | peak GiB |", "|" + "---|" * 13]
     for m, results in sorted(runs.items(), key=lambda item: -np.mean([r["pass@1"] for r in item[1]])):
         cell = lambda values: "–" if any(v is None for v in values) else f"{np.mean(values):.3g}"
-        mean, half = interval([r["pass@1"] for r in results])
+        final = [r["pass@1"] for r in results]
+        mean, half = interval(final)
+        shown = f"{mean:.3f} ± {half:.3f}" if seeds > 2 else " ".join(f"{x:.3f}" for x in final)
         reach = []
         for level in (0.6, 0.8):
             firsts = [first_to(r, level) for r in results]
             hit = [f for f in firsts if f is not None]
             reach.append("never" if not hit else f"{np.mean(hit):,.0f}" + (f" ({len(hit)} of {seeds})" if len(hit) < seeds else ""))
-        lines.append(f"| {m} | {best[m]:g} | {mean:.3f} ± {half:.3f} | {np.mean([r['pass@8'] for r in results]):.3f} | "
+        lines.append(f"| {m} | {best[m]:g} | {shown} | {np.mean([r['pass@8'] for r in results]):.3f} | "
                      f"{np.mean([max(r['pass']) for r in results]):.3f} | {reach[0]} | {reach[1]} | {np.mean([r['rollouts'][-1] for r in results]):,.0f} | "
                      f"{np.mean([r['tokens'][-1] for r in results]):,.0f} | {np.mean([r['seconds'][-1] for r in results]):.0f} | "
                      f"{cell([r['entropy'] for r in results])} | {np.mean([r['length'] for r in results]):.1f} | "
