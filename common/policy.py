@@ -109,8 +109,8 @@ def shard(policy: Policy, device: torch.device) -> Policy:
     """FSDP2: each decoder layer is a unit, embeddings, norm and head another. fp32 weights; on CUDA bf16 compute.
 
     On several machines each holds the weights once, sharded over its ranks (HSDP): only gradients travel between them.
+    The model stays in host memory until here: `fully_shard` moves a unit to the device as it shards it.
     """
-    policy.to(device)
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     places = (world // local, local) if local < world else (world,)

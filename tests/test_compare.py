@@ -1,0 +1,62 @@
+"""The comparison is fair before it is run: every method's command parses and spends the same rollouts."""
+import importlib
+import json
+import math
+
+import pytest
+
+from benchmarks import compare
+from common.run import parse
+
+
+def names(*grids: str) -> list[str]:
+    return sorted({m for grid in grids for members in compare.GRIDS[grid].panels.values() for m in members})
+
+
+def rollouts(method: str) -> int:
+    """Responses that a run of `method` samples for training, by its settings."""
+    file, *flags = compare.METHODS[method].command
+    algorithm = importlib.import_module("sdpo" if file == "benchmarks/own_hint.py" else file.removesuffix(".py"))
+    args = parse(algorithm.Args, algorithm.presets, [*flags, compare.METHODS[method].rate, "1e-4"])
+    if algorithm.__name__ != "sdzero":
+        return args.batch_size * args.group_size * args.steps
+    phase1 = args.srt_questions * args.inits * (1 + args.revisions) if args.phase != "sd" else 0
+    phase2 = args.sd_questions // args.batch_size * args.batch_size * args.rounds if args.phase != "srt" else 0
+    return phase1 + phase2
+
+
+@pytest.mark.parametrize("method", names(*(g for g in compare.GRIDS if g != "smollm2")))
+def test_every_method_on_the_embedded_model_has_5120_rollouts(method):
+    assert rollouts(method) == 5120
+
+
+@pytest.mark.parametrize("method", names("smollm2"))
+def test_every_method_on_smollm2_has_640_rollouts(method):
+    assert rollouts(method) == 640
+
+
+def test_no_reported_seed_was_tuned_on():
+    for grid in compare.GRIDS.values():
+        assert not set(grid.seeds) & set(grid.tuning_seeds)
+
+
+def test_interval_is_students():
+    """Of 1 … 5: mean 3, standard error √2.5/√5, t of 4 degrees of freedom 2.776."""
+    assert compare.interval([1, 2, 3, 4, 5]) == pytest.approx((3, 2.776 * math.sqrt(0.5)))
+
+
+def test_the_first_evaluation_at_a_level_counts():
+    run = {"rollouts": [0, 128, 256, 384], "pass": [0.4, 0.7, 0.5, 0.9]}
+    assert [compare.first_to(run, level) for level in (0.4, 0.6, 0.8, 0.95)] == [0, 128, 384, None]
+
+
+def test_progress_counts_rollouts_tokens_and_seconds_up_to_each_evaluation(tmp_path):
+    """An evaluation comes before the step whose row it is in; evaluation time does not count."""
+    rows = [{"heldout/pass@1": 0.1, "grad_norm": 1, "reward/mean": 0, "length/mean": 10, "time/update": 2, "time/eval": 9},
+            {"grad_norm": 1, "reward/mean": 0, "length/mean": 20, "time/update": 3},
+            {"heldout/pass@1": 0.5, "grad_norm": 1, "reward/mean": 0, "length/mean": 20, "time/sample": 1},
+            {"heldout/pass@1": 0.6}]
+    (tmp_path / "args.json").write_text(json.dumps({"batch_size": 2, "group_size": 4}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare.progress(tmp_path)
+    assert found == {"rollouts": [0, 16, 24], "tokens": [0, 240, 400], "seconds": [0, 5, 6], "pass": [0.1, 0.5, 0.6]}
