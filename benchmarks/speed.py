@@ -30,7 +30,7 @@ class Args:
     trl_python: str
     """interpreter of the environment that has TRL"""
     file: Literal["grpo", "sdpo", "hsd"] = "grpo"
-    """grpo.py and GRPOTrainer; sdpo.py and SDPOTrainer (average, reverse KL); hsd.py as self-distillation from the worked
+    """grpo.py and GRPOTrainer; sdpo.py and SDPOTrainer (siblings, average, reverse KL); hsd.py as self-distillation from the worked
     solution (frozen teacher, reverse KL) and SDFTTrainer"""
     name: str = "chain"
     """of the result file"""
@@ -60,7 +60,7 @@ class Args:
     """CPU threads of each side"""
 
 
-METHOD = {"grpo": [], "sdpo": ["--kl", "reverse", "--teacher", "ema"],
+METHOD = {"grpo": [], "sdpo": ["--kl", "reverse", "--teacher", "ema", "--context", "solution"],
           "hsd": ["--kl", "reverse", "--teacher", "frozen", "--context", "solution", "--beta", "0", "--top_p", "1"]}
 
 
