@@ -303,10 +303,12 @@ def main(args: Args) -> None:
 
 def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], commands: dict[str, str], grid: Grid) -> str:
     seeds = len(grid.seeds)
-    lines = [f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. {'Means over ' + str(seeds) + ' seeds, ± half the 95 % interval' if seeds > 2 else 'Each of the two seeds'}; "
-             f"pass@k at the end, of {grid.samples} samples a held-out problem; best: the highest evaluation of a run.", "",
-             "| method | learning rate | pass@1 | pass@8 | best | rollouts to 60 % | to 80 % | rollouts | sampled tokens | seconds | "
-             "entropy | length | peak GiB |", "|" + "---|" * 13]
+    spread = f"Means over {seeds} seeds, ± half the 95 % interval" if seeds > 2 else "Each of the two seeds"
+    lines = [f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. {spread}; pass@k at the end, of "
+             f"{grid.samples} samples a held-out problem; best: the highest evaluation of a run.", "",
+             "| method | learning rate | pass@1 | pass@8 | best | rollouts to 60 % | to 80 % | rollouts | sampled tokens | "
+             "seconds | entropy | length | peak GiB |", "|" + "---|" * 13]
+    average = lambda values: float(np.mean(list(values)))
     for m, results in sorted(runs.items(), key=lambda item: -np.mean([r["pass@1"] for r in item[1]])):
         cell = lambda values: "–" if any(v is None for v in values) else f"{np.mean(values):.3g}"
         final = [r["pass@1"] for r in results]
@@ -317,11 +319,11 @@ def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], comm
             firsts = [first_to(r, level) for r in results]
             hit = [f for f in firsts if f is not None]
             reach.append("never" if not hit else f"{np.mean(hit):,.0f}" + (f" ({len(hit)} of {seeds})" if len(hit) < seeds else ""))
-        lines.append(f"| {m} | {best[m]:g} | {shown} | {np.mean([r['pass@8'] for r in results]):.3f} | "
-                     f"{np.mean([max(r['pass']) for r in results]):.3f} | {reach[0]} | {reach[1]} | {np.mean([r['rollouts'][-1] for r in results]):,.0f} | "
-                     f"{np.mean([r['tokens'][-1] for r in results]):,.0f} | {np.mean([r['seconds'][-1] for r in results]):.0f} | "
-                     f"{cell([r['entropy'] for r in results])} | {np.mean([r['length'] for r in results]):.1f} | "
-                     f"{np.mean([r['peak_gib'] for r in results]):.2f} |")
+        lines.append(f"| {m} | {best[m]:g} | {shown} | {average(r['pass@8'] for r in results):.3f} | "
+                     f"{average(max(r['pass']) for r in results):.3f} | {reach[0]} | {reach[1]} | "
+                     f"{average(r['rollouts'][-1] for r in results):,.0f} | {average(r['tokens'][-1] for r in results):,.0f} | "
+                     f"{average(r['seconds'][-1] for r in results):.0f} | {cell([r['entropy'] for r in results])} | "
+                     f"{average(r['length'] for r in results):.1f} | {average(r['peak_gib'] for r in results):.2f} |")
     return "\n".join([*lines, "", "Commands:", "", *(f"- {m}: `python {c}`" for m, c in commands.items())]) + "\n"
 
 
