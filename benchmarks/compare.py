@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import comb
 from pathlib import Path
 
@@ -91,51 +91,52 @@ CLAIMS = {
         "What a token is told": ("SDPO, average (0.05)", "SDPO, likeliest token", "SDPO, sampled token", "SDPO, whole response"),
     },
     "hsd": {
-        "Direction and teacher": ("HSD forward, start", "HSD reverse, start", "HSD forward, average", "HSD reverse, average",
-                                  "HSD forward, live", "HSD reverse, live"),
+        "Direction and teacher": ("HSD forward, start", "HSD forward, average", "HSD forward, live", "HSD reverse, start",
+                                  "HSD reverse, live"),
         "Group size, 128 rollouts a step": ("HSD 64 × 2", "HSD 32 × 4", "HSD forward, start", "HSD 8 × 16"),
-        "Which peer": ("HSD forward, start", "HSD shortest peer", "HSD failed rollouts only"),
+        "Which peer": ("HSD forward, start", "HSD shortest peer"),
     },
-    "grpo": {"Four updates a step": ("GRPO × 4", "Dr. GRPO × 4", "DAPO × 4", "GSPO × 4", "CISPO × 4")},
-    "sdzero": {"Phases": ("SD-Zero, one round", "SD-Zero, two rounds", "SD-Zero, phase 1", "SD-Zero, phase 2")},
     "breaks": {
-        "A rate ten times the demo's": ("GRPO, 1e-3", "RLSD, 1e-3", "SDPO, 1e-3"),
-        "Own success as the hint": ("SDPO, siblings alone", "SDPO, own success too"),
+        "The demo's rate, and ten times": ("GRPO, 1e-4", "GRPO, 1e-3", "SDPO, 1e-4", "SDPO, 1e-3"),
+        "Own success as the hint": ("SDPO, average (0.05)", "SDPO, own success too"),
     },
+    "grpo": {"Four updates a step": ("GRPO × 4", "DAPO × 4", "GSPO × 4", "CISPO × 4")},
+    "sdzero": {"Phases": ("SD-Zero, one round", "SD-Zero, two rounds", "SD-Zero, phase 1", "SD-Zero, phase 2")},
 }
 METHODS |= {
-    "SDPO, average (0.05)": Method(SDPO), "SDPO, siblings alone": Method(SDPO),
+    "SDPO, average (0.05)": Method(SDPO),
     **{f"SDPO, {name}": Method([*SDPO, "--teacher", flag]) for name, flag in
        (("trust region (0.05)", "trust_region"), ("start", "frozen"), ("live", "live"))},
     **{f"SDPO, {name}": Method([*SDPO, "--granularity", flag]) for name, flag in
        (("likeliest token", "token"), ("sampled token", "sampled"), ("whole response", "sequence"))},
-    **{f"HSD {kl}, {name}": Method([*HSD, "--kl", kl, "--teacher", flag], fixed=rate) for kl, rate in
-       (("forward", 3e-4), ("reverse", 1e-4)) for name, flag in (("start", "frozen"), ("average", "ema"), ("live", "live"))},
-    **{f"HSD {b} × {g}": Method([*HSD, "--teacher", "frozen", "--batch_size", str(b), "--group_size", str(g)], fixed=3e-4)
+    **{f"HSD forward, {name}": Method([*HSD, "--teacher", flag]) for name, flag in
+       (("start", "frozen"), ("average", "ema"), ("live", "live"))},
+    **{f"HSD reverse, {name}": Method([*HSD, "--teacher", flag, "--kl", "reverse"]) for name, flag in
+       (("start", "frozen"), ("live", "live"))},
+    **{f"HSD {b} × {g}": Method([*HSD, "--teacher", "frozen", "--batch_size", str(b), "--group_size", str(g)])
        for b, g in ((64, 2), (32, 4), (8, 16))},
-    "HSD shortest peer": Method([*HSD, "--teacher", "frozen", "--peer", "shortest"], fixed=3e-4),
-    "HSD failed rollouts only": Method([*HSD, "--teacher", "frozen", "--train_on", "failed"], fixed=3e-4),
-    **{f"{name} × 4": Method(["grpo.py", *CHAIN, "--loss", flag, "--dynamic_sampling", "0", "--minibatches", "4"])
-       for name, flag in (("GRPO", "grpo"), ("Dr. GRPO", "dr_grpo"), ("DAPO", "dapo"), ("GSPO", "gspo"), ("CISPO", "cispo"))},
+    "HSD shortest peer": Method([*HSD, "--teacher", "frozen", "--peer", "shortest"]),
+    **{f"{name} × 4": Method(["grpo.py", *CHAIN, "--loss", flag, "--dynamic_sampling", "0", "--minibatches", "4"], fixed=1e-4)
+       for name, flag in (("GRPO", "grpo"), ("DAPO", "dapo"), ("GSPO", "gspo"), ("CISPO", "cispo"))},
     "SD-Zero, one round": METHODS["SD-Zero"],
     "SD-Zero, two rounds": Method([*METHODS["SD-Zero"].command, "--sd_questions", "1280", "--rounds", "2"]),
-    "SD-Zero, phase 1": METHODS["SRT"], "SD-Zero, phase 2": METHODS["SD only"],
-    **{f"{file.upper()}, 1e-3": Method([f"{file}.py", *CHAIN], fixed=1e-3) for file in ("grpo", "rlsd", "sdpo")},
+    "SD-Zero, phase 1": replace(METHODS["SRT"], fixed=1e-4), "SD-Zero, phase 2": METHODS["SD only"],
+    **{f"{name}, {rate}": Method([f"{name.lower()}.py", *CHAIN], fixed=float(rate)) for name in ("GRPO", "SDPO")
+       for rate in ("1e-4", "1e-3")},
     "SDPO, own success too": Method(["benchmarks/own_hint.py", *SDPO[1:]]),
 }
 
-
-# A real model that learns to say which of two numbers is larger: 640 rollouts
+# A real model that learns to say which of two numbers is larger: 384 rollouts
 LARGER = ["--demo", "--task", "jsonl:benchmarks/larger.jsonl", "--instruction", 'Begin with "The answer is".', "--heldout", "32",
           "--temperature", "0.7", "--max_tokens", "24", "--lora_rank", "16"]
-SMALL = [*LARGER, "--batch_size", "4", "--group_size", "8", "--steps", "20", "--eval_every", "5"]
+SMALL = [*LARGER, "--batch_size", "4", "--group_size", "8", "--steps", "12", "--eval_every", "3"]
 METHODS |= {
     "GRPO (135M)": Method(["grpo.py", *SMALL]),
     "RLSD (135M)": Method(["rlsd.py", *SMALL]),
     "SDPO (135M)": Method(["sdpo.py", *SMALL, "--kl", "reverse"]),
     "HSD (135M)": Method(["hsd.py", *SMALL, "--teacher", "frozen", "--beta", "0", "--top_p", "1"]),
-    "SD-Zero (135M)": Method(["sdzero.py", *LARGER, "--srt_questions", "32", "--srt_max_tokens", "24", "--sd_questions", "256",
-                              "--rounds", "2", "--batch_size", "32", "--eval_every", "4"]),  # 32 + 3 × 32, then 16 × 32
+    "SD-Zero (135M)": Method(["sdzero.py", *LARGER, "--srt_questions", "24", "--srt_max_tokens", "24", "--sd_questions", "288",
+                              "--batch_size", "32", "--eval_every", "3"]),  # 24 + 3 × 24, then 9 × 32
 }
 
 
@@ -152,7 +153,7 @@ class Grid:
 
 GRIDS = {
     "chain": Grid(FAMILIES, (0, 1, 2, 3, 4), (1e-4, 3e-4), (100,)),
-    **{name: Grid(panels, (0, 1), (1e-4,)) for name, panels in CLAIMS.items()},
+    **{name: Grid(panels, (0, 1), (3e-4,)) for name, panels in CLAIMS.items()},
     "smollm2": Grid({"SmolLM2-135M-Instruct: the larger of two numbers": tuple(m for m in METHODS if "135M" in m)}, (0, 1),
                     (5e-4,), runs="smollm2"),
 }

@@ -31,8 +31,8 @@ def test_every_method_on_the_embedded_model_has_5120_rollouts(method):
 
 
 @pytest.mark.parametrize("method", names("smollm2"))
-def test_every_method_on_smollm2_has_640_rollouts(method):
-    assert rollouts(method) == 640
+def test_every_method_on_smollm2_has_384_rollouts(method):
+    assert rollouts(method) == 384
 
 
 def test_no_reported_seed_was_tuned_on():
