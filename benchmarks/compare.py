@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -237,6 +238,13 @@ def pass_at(folder: Path, n: int) -> dict[str, float]:
     return found
 
 
+def localised(folder: Path) -> dict[str, list[float]]:
+    """SD-Zero's Fig. 4 in two numbers, of its wrong ("0") and right ("1") responses: the mean KL(student‖teacher) of a token
+    in nats, and the share of a response's KL that lies in the twentieth of its tokens with the largest."""
+    curves = json.loads((folder / "self_localisation.json").read_text())
+    return {r: [float(np.mean(x)), float(np.mean([row[0] / max(sum(row), 1e-12) for row in x]))] for r, x in curves.items() if x}
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half width of the 95 % interval over seeds (Student's t)."""
     t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}[len(values)]
@@ -284,7 +292,8 @@ def main(args: Args) -> None:
             rows = rows_of(where)
             last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
             runs[m].append({"seed": s, **progress(where), **pass_at(where, grid.samples), "entropy": last.get("entropy"),
-                            "peak_gib": max(row["peak_gib"] for row in rows)})
+                            "peak_gib": max(row["peak_gib"] for row in rows),
+                            **({"self_localisation": localised(where)} if (where / "self_localisation.json").exists() else {})})
     out = ROOT / "results" / "compare" / args.grid
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -299,6 +308,10 @@ def main(args: Args) -> None:
     (out / "table.md").write_text(table(about, runs, best, commands, grid))
     for axis in ("rollouts", "tokens"):
         draw(grid.panels, runs, axis, out / f"{axis}.png")
+    for m in chosen:
+        figure = folder(m, best[m], grid.seeds[0]) / "self_localisation.png"
+        if figure.exists():
+            shutil.copy(figure, out / f"self-localisation-{name(m)}.png")
     print((out / "table.md").read_text())
 
 
@@ -325,6 +338,12 @@ def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], comm
                      f"{average(r['rollouts'][-1] for r in results):,.0f} | {average(r['tokens'][-1] for r in results):,.0f} | "
                      f"{average(r['seconds'][-1] for r in results):.0f} | {cell([r['entropy'] for r in results])} | "
                      f"{average(r['length'] for r in results):.1f} | {average(r['peak_gib'] for r in results):.2f} |")
+    where = {m: [r["self_localisation"] for r in results if "self_localisation" in r] for m, results in runs.items()}
+    if any(where.values()):
+        lines += ["", "| self-localisation | KL of a wrong token | of a right one | share of the top twentieth, wrong | right |",
+                  "|" + "---|" * 5]
+        lines += [f"| {m} | " + " | ".join(f"{average(x[r][i] for x in found if r in x):.3f}" for i in (0, 1) for r in "01") + " |"
+                  for m, found in where.items() if found]
     return "\n".join([*lines, "", "Commands:", "", *(f"- {m}: `python {c}`" for m, c in commands.items())]) + "\n"
 
 
