@@ -297,7 +297,7 @@ def main(args: Args) -> None:
     out = ROOT / "results" / "compare" / args.grid
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    hide = lambda text: text.replace(args.model or "\0", "MODEL")  # the reader's path is another
+    hide = lambda text: text.replace(args.model or "\0", "MODEL").replace(args.out, "RUNS")  # the reader's paths are others
     about = {"command": hide("python benchmarks/compare.py " + " ".join(sys.argv[1:])), "commit": commit,
              "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.jobs} run(s) at a time"}
     commands = {m: hide(shlex.join(command(m, best[m], 0)[:-2])) for m in chosen}
