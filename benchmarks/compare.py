@@ -175,14 +175,18 @@ class Args:
 
 
 def execute(command: list[str], folder: Path, threads: int) -> None:
-    """Run a command of an algorithm file into `folder`, unless it stands there finished."""
-    if (folder / "curves.png").exists():
+    """Run a command of an algorithm file into `folder`, unless it stands there finished. One that the file itself refuses or
+    stops, with a line that begins with "error: ", leaves that line in error.txt: it is a result."""
+    if (folder / "curves.png").exists() or (folder / "error.txt").exists():
         return
     line = [sys.executable, *command, "--out", str(folder.parent), "--name", folder.name, "--resume", "auto", "--save_every",
             "1000000", "--keep", "1"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
-    if done.returncode:
+    said = [row for row in done.stderr.splitlines() if row.startswith("error: ")]
+    if done.returncode and said:
+        (folder / "error.txt").write_text(said[-1])
+    elif done.returncode:
         raise RuntimeError(f"{' '.join(line)}\n{done.stderr[-2000:]}")
 
 
@@ -255,6 +259,9 @@ def one(command: list[str], folder: Path, threads: int, samples: int) -> None:
     """A run and its final evaluation; a process of its own."""
     torch.set_num_threads(threads)
     execute(command, folder, threads)
+    if (folder / "error.txt").exists():
+        print(f"{folder.parent.name}/{folder.name}: {(folder / 'error.txt').read_text()}", flush=True)
+        return
     if samples:
         pass_at(folder, samples)
     print(f"{folder.parent.name}/{folder.name}: {rows_of(folder)[-1]['heldout/pass@1']:.3f}", flush=True)
@@ -285,10 +292,14 @@ def main(args: Args) -> None:
     many([(m, best[m], s) for s in grid.seeds for m in chosen], grid.samples)
 
     runs: dict[str, list[dict]] = {}
+    stopped: list[str] = []
     for m in chosen:
         runs[m] = []
         for s in grid.seeds:
             where = folder(m, best[m], s)
+            if (where / "error.txt").exists():
+                stopped.append(f"{m}, seed {s}, stopped: {(where / 'error.txt').read_text()}")
+                continue
             rows = rows_of(where)
             last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
             runs[m].append({"seed": s, **progress(where), **pass_at(where, grid.samples), "entropy": last.get("entropy"),
@@ -304,8 +315,9 @@ def main(args: Args) -> None:
     if search:
         (out / "search.json").write_text(json.dumps({**about, "seeds": grid.tuning_seeds, "final held-out pass@1": search},
                                                     indent=1))
-    (out / "runs.json").write_text(json.dumps({**about, "seeds": grid.seeds, "commands": commands, "runs": runs}))
-    (out / "table.md").write_text(table(about, runs, best, commands, grid))
+    (out / "runs.json").write_text(json.dumps({**about, "seeds": grid.seeds, "commands": commands, "runs": runs,
+                                               "stopped": stopped}))
+    (out / "table.md").write_text(table(about, runs, best, commands, grid, stopped))
     for axis in ("rollouts", "tokens"):
         draw(grid.panels, runs, axis, out / f"{axis}.png")
     for m in chosen:
@@ -315,7 +327,8 @@ def main(args: Args) -> None:
     print((out / "table.md").read_text())
 
 
-def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], commands: dict[str, str], grid: Grid) -> str:
+def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], commands: dict[str, str], grid: Grid,
+          stopped: list[str]) -> str:
     seeds = len(grid.seeds)
     spread = f"Means over {seeds} seeds, ± half the 95 % interval" if seeds > 2 else "Each of the two seeds"
     lines = [f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. {spread}; pass@k at the end, of "
@@ -326,8 +339,7 @@ def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], comm
     for m, results in sorted(runs.items(), key=lambda item: -np.mean([r["pass@1"] for r in item[1]])):
         cell = lambda values: "–" if any(v is None for v in values) else f"{np.mean(values):.3g}"
         final = [r["pass@1"] for r in results]
-        mean, half = interval(final)
-        shown = f"{mean:.3f} ± {half:.3f}" if seeds > 2 else " ".join(f"{x:.3f}" for x in final)
+        shown = "{:.3f} ± {:.3f}".format(*interval(final)) if seeds > 2 else " ".join(f"{x:.3f}" for x in final)
         reach = []
         for level in (0.6, 0.8):
             firsts = [first_to(r, level) for r in results]
@@ -344,6 +356,7 @@ def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], comm
                   "|" + "---|" * 5]
         lines += [f"| {m} | " + " | ".join(f"{average(x[r][i] for x in found if r in x):.3f}" for i in (0, 1) for r in "01") + " |"
                   for m, found in where.items() if found]
+    lines += [part for row in stopped for part in ("", row)]
     return "\n".join([*lines, "", "Commands:", "", *(f"- {m}: `python {c}`" for m, c in commands.items())]) + "\n"
 
 
