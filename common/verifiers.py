@@ -128,8 +128,9 @@ def judge_math(problem: Problem, text: str) -> Verdict:
 def compare_math(gold: str, text: str) -> tuple[str, bool]:
     """→ (the answer found in `text`, whether it equals `gold`). Raises BadProblem where the gold cannot be read.
 
-    The answer is the last \\boxed{}, or else what follows the last ####, or else what follows "the answer is". The last
-    number of a text that announces no answer is none: cut-off responses would be right by chance.
+    The answer is the last \\boxed{}, or else what follows the last ####, or else what follows the last "answer is". The
+    last number of a text that announces no answer is none: cut-off responses would be right by chance. So is the first
+    number after "answer", math-verify's rule: in 'the answer to "Is 58 or 28 larger?" is 28' it reads 58.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -142,7 +143,9 @@ def compare_math(gold: str, text: str) -> tuple[str, bool]:
         raise BadProblem(f"the reference answer {gold!r} is not mathematics that math-verify can read")
     boxed, (_, marked, line) = last_boxed(text), text.rpartition("####")
     answer = f"${boxed}$" if boxed is not None else line.partition("\n")[0] if marked else None
-    found = read(text[-MAX_ANSWER:], False) if answer is None else read(answer, True)
+    said = re.split(r"(?i)\banswer\s*(?:is\b|:|=)", text[-MAX_ANSWER:])[:0:-1]  # the last first
+    tries = [read(answer, True)] if answer is not None else (read(f"answer is {part}", False) for part in said)
+    found = next(filter(None, tries), [])
     if not found:
         return "", False
     return str(found[-1])[:100], verify(expected, found, timeout_seconds=None)  # the gold goes first: not symmetric

@@ -108,8 +108,10 @@ def test_the_last_closed_block_is_the_program():
 @pytest.mark.parametrize("gold, right, wrong", [
     (r"\frac{1}{2}", [r"\boxed{0.5}", r"\boxed{1/2}", r"\boxed{\dfrac12}", r"so $\boxed{\frac{2}{4}}$."],
      [r"\boxed{2}", r"\boxed{-1/2}"]),
-    ("1234", ["#### 1,234", r"\boxed{1{,}234}", "The answer is 1234.", "#### 1234\nThat was 3 steps."],
-     ["#### 1235", "1234 #### 7", "", "So she has 1234", "1234", "The answer is 12. Check: 1234"]),
+    ("1234", ["#### 1,234", r"\boxed{1{,}234}", "The answer is 1234.", "#### 1234\nThat was 3 steps.",
+                "The answer is: 1234", "Final answer: $1234$", "The answer is 12. Wait: the answer is 1234. The answer is"],
+     ["#### 1235", "1234 #### 7", "", "So she has 1234", "1234", "The answer is 12. Check: 1234",
+      'The answer to "Is 1234 or 12 larger?" is 12.', "The answer is 1234. No, the answer is 12."]),
     (r"\text{Evelyn}", [r"\boxed{\text{Evelyn}}", r"\boxed{Evelyn}"], [r"\boxed{\text{Carla}}"]),
     (r"\left( 3, \frac{\pi}{2} \right)", [r"\boxed{(3, \pi/2)}"], [r"\boxed{(\pi/2, 3)}", r"\boxed{3}"]),
     ("3, 5, 7", [r"\boxed{3,5,7}", r"\boxed{\{3,5,7\}}"], [r"\boxed{3,5}", r"\boxed{5}"]),
