@@ -92,13 +92,12 @@ CLAIMS = {
         "What a token is told": ("SDPO, average (0.05)", "SDPO, likeliest token", "SDPO, sampled token", "SDPO, whole response"),
     },
     "hsd": {
-        "Direction and teacher": ("HSD forward, start", "HSD forward, average", "HSD forward, live", "HSD reverse, start",
-                                  "HSD reverse, live"),
+        "Direction": ("HSD forward, start", "HSD reverse, start"),
         "Group size, 128 rollouts a step": ("HSD 64 × 2", "HSD 32 × 4", "HSD forward, start", "HSD 8 × 16"),
         "Which peer": ("HSD forward, start", "HSD shortest peer"),
     },
     "breaks": {
-        "The demo's rate, and ten times": ("GRPO, 1e-4", "GRPO, 1e-3", "SDPO, 1e-4", "SDPO, 1e-3"),
+        "The tuned rate, and three times": ("GRPO, 3e-4", "GRPO, 1e-3", "SDPO, average (0.05)", "SDPO, 1e-3"),
         "Own success as the hint": ("SDPO, average (0.05)", "SDPO, own success too"),
     },
     "grpo": {"Four updates a step": ("GRPO × 4", "DAPO × 4", "GSPO × 4", "CISPO × 4")},
@@ -110,10 +109,7 @@ METHODS |= {
        (("trust region (0.05)", "trust_region"), ("start", "frozen"), ("live", "live"))},
     **{f"SDPO, {name}": Method([*SDPO, "--granularity", flag]) for name, flag in
        (("likeliest token", "token"), ("sampled token", "sampled"), ("whole response", "sequence"))},
-    **{f"HSD forward, {name}": Method([*HSD, "--teacher", flag]) for name, flag in
-       (("start", "frozen"), ("average", "ema"), ("live", "live"))},
-    **{f"HSD reverse, {name}": Method([*HSD, "--teacher", flag, "--kl", "reverse"]) for name, flag in
-       (("start", "frozen"), ("live", "live"))},
+    "HSD forward, start": METHODS["HSD frozen"], "HSD reverse, start": METHODS["HSD frozen, reverse KL"],
     **{f"HSD {b} × {g}": Method([*HSD, "--teacher", "frozen", "--batch_size", str(b), "--group_size", str(g)])
        for b, g in ((64, 2), (32, 4), (8, 16))},
     "HSD shortest peer": Method([*HSD, "--teacher", "frozen", "--peer", "shortest"]),
@@ -122,8 +118,8 @@ METHODS |= {
     "SD-Zero, one round": METHODS["SD-Zero"],
     "SD-Zero, two rounds": Method([*METHODS["SD-Zero"].command, "--sd_questions", "1280", "--rounds", "2"]),
     "SD-Zero, phase 1": replace(METHODS["SRT"], fixed=1e-4), "SD-Zero, phase 2": METHODS["SD only"],
-    **{f"{name}, {rate}": Method([f"{name.lower()}.py", *CHAIN], fixed=float(rate)) for name in ("GRPO", "SDPO")
-       for rate in ("1e-4", "1e-3")},
+    "GRPO, 3e-4": METHODS["GRPO"], "GRPO, 1e-3": replace(METHODS["GRPO"], fixed=1e-3),
+    "SDPO, 1e-3": Method(["sdpo.py", *CHAIN], fixed=1e-3),
     "SDPO, own success too": Method(["benchmarks/own_hint.py", *SDPO[1:]]),
 }
 
