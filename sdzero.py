@@ -571,9 +571,9 @@ def head(micro: Micro, batch: Tokens, seen: tuple[Tensor, Tensor], args: Args):
 
 
 def diagnostics(token: TokenStats, r: Tensor, gap: Tensor) -> dict[str, Tensor]:
-    """Per-token metrics of phase 2 [T]; r [T] is the verdict on the token's response, gap [T] the log-probability of
-    the token less the sampler's. teacher/copies is how often the
-    teacher's likeliest token is the one it has just read: targets that a mere copy of the first y would give."""
+    """Per-token metrics of phase 2 [T]; r [T] is the verdict on the token's response, gap [T] is log π_θ/π_sampler.
+    teacher/copies is how often the teacher's likeliest token is the one it has just read: targets that a mere copy of
+    the first y would give."""
     right, wrong = r == 1, r == 0
     return {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy, "kl": token.kl,
             "kl/right": token.kl[right], "kl/wrong": token.kl[wrong], "mismatch/kl": gap.expm1() - gap,

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import comb
 from pathlib import Path
 
@@ -33,6 +33,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import transformers
 import tyro
 
 from common.policy import load_tokenizer
@@ -119,7 +120,7 @@ METHODS |= {
     "SD-Zero, two rounds": Method([*METHODS["SD-Zero"].command, "--sd_questions", "1280", "--rounds", "2"]),
     "SD-Zero, phase 1": replace(METHODS["SRT"], fixed=1e-4), "SD-Zero, phase 2": METHODS["SD only"],
     "GRPO, 3e-4": METHODS["GRPO"], "GRPO, 1e-3": replace(METHODS["GRPO"], fixed=1e-3),
-    "SDPO, 1e-3": Method(["sdpo.py", *CHAIN], fixed=1e-3),
+    "SDPO, 1e-3": Method(SDPO, fixed=1e-3),
     "SDPO, own success too": Method(["benchmarks/own_hint.py", *SDPO[1:]]),
 }
 
@@ -145,7 +146,6 @@ class Grid:
     tuning_seeds: tuple[int, ...] = ()
     runs: str = "chain"  # the folder of its runs: grids on the same model and task share them
     samples: int = 8  # a held-out problem, at the end
-    extra: list[str] = field(default_factory=list)
 
 
 GRIDS = {
@@ -254,6 +254,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def one(command: list[str], folder: Path, threads: int, samples: int) -> None:
     """A run and its final evaluation; a process of its own."""
     torch.set_num_threads(threads)
+    transformers.logging.disable_progress_bar()
     execute(command, folder, threads)
     if (folder / "error.txt").exists():
         print(f"{folder.parent.name}/{folder.name}: {(folder / 'error.txt').read_text()}", flush=True)
@@ -268,11 +269,11 @@ def main(args: Args) -> None:
     names = list(dict.fromkeys(name for members in grid.panels.values() for name in members))
     chosen = [m for m in names if not args.only or m in args.only.split(";")]
     base, threads = Path(args.out) / grid.runs, max(1, (os.cpu_count() or 1) // args.jobs)
-    extra = [*grid.extra, *(["--model", args.model] if args.model else [])]
+    model = ["--model", args.model] if args.model else []
     first = {tuple(METHODS[m].command): m for m in reversed(METHODS)}  # one command, one folder, whatever a grid calls it
     name = lambda method: "".join(c if c.isalnum() else "-" for c in first[tuple(METHODS[method].command)])
     folder = lambda method, rate, seed: base / name(method) / f"lr{rate:g}-s{seed}"
-    command = lambda m, rate, seed: [*METHODS[m].command, *extra, METHODS[m].rate, f"{rate:g}", "--seed", str(seed)]
+    command = lambda m, rate, seed: [*METHODS[m].command, *model, METHODS[m].rate, f"{rate:g}", "--seed", str(seed)]
 
     def many(jobs: list[tuple[str, float, int]], samples: int) -> None:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
