@@ -133,8 +133,9 @@ METHODS |= {
     "RLSD (135M)": Method(["rlsd.py", *SMALL]),
     "SDPO (135M)": Method(["sdpo.py", *SMALL, "--kl", "reverse"]),
     "HSD (135M)": Method(["hsd.py", *SMALL, "--teacher", "frozen", "--beta", "0", "--top_p", "1"]),
-    "SD-Zero (135M)": Method(["sdzero.py", *LARGER, "--srt_questions", "24", "--srt_max_tokens", "24", "--sd_questions", "288",
-                              "--batch_size", "32", "--eval_every", "3"]),  # 24 + 3 × 24, then 9 × 32
+    "HSD reverse KL (135M)": Method(["hsd.py", *SMALL, "--teacher", "frozen", "--beta", "0", "--top_p", "1", "--kl", "reverse"]),
+    "SD-Zero (135M)": Method(["sdzero.py", *LARGER, "--srt_questions", "48", "--srt_max_tokens", "24", "--sd_questions", "192",
+                              "--batch_size", "32", "--eval_every", "3"]),  # 48 + 3 × 48, then 6 × 32
 }
 
 
@@ -152,7 +153,7 @@ GRIDS = {
     "chain": Grid(FAMILIES, (0, 1, 2, 3, 4), (1e-4, 3e-4), (100,)),
     **{name: Grid(panels, (0, 1), (3e-4,)) for name, panels in CLAIMS.items()},
     "smollm2": Grid({"SmolLM2-135M-Instruct: the larger of two numbers": tuple(m for m in METHODS if "135M" in m)}, (0, 1),
-                    (5e-4,), runs="smollm2"),
+                    (3e-4, 1e-3), (100,), runs="smollm2"),
 }
 
 
