@@ -134,8 +134,8 @@ METHODS |= {
     "SDPO (135M)": Method(["sdpo.py", *SMALL, "--kl", "reverse"]),
     "HSD (135M)": Method(["hsd.py", *SMALL, "--teacher", "frozen", "--beta", "0", "--top_p", "1"]),
     "HSD reverse KL (135M)": Method(["hsd.py", *SMALL, "--teacher", "frozen", "--beta", "0", "--top_p", "1", "--kl", "reverse"]),
-    "SD-Zero (135M)": Method(["sdzero.py", *LARGER, "--srt_questions", "48", "--srt_max_tokens", "24", "--sd_questions", "192",
-                              "--batch_size", "32", "--eval_every", "3"]),  # 48 + 3 × 48, then 6 × 32
+    "SD-Zero (135M)": Method(["sdzero.py", *LARGER, "--srt_questions", "48", "--srt_max_tokens", "32", "--srt_temperature",
+                              "0.7", "--sd_questions", "192", "--batch_size", "32", "--eval_every", "3"]),  # 48 × 4 + 192
 }
 
 
