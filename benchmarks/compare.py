@@ -317,7 +317,7 @@ def main(args: Args) -> None:
                                                "stopped": stopped}))
     (out / "table.md").write_text(table(about, runs, best, commands, grid, stopped))
     for axis in ("rollouts", "tokens"):
-        draw(grid.panels, runs, axis, out / f"{axis}.png")
+        draw(grid.panels, runs, commands, axis, out / f"{axis}.png")
     for m in chosen:
         figure = folder(m, best[m], grid.seeds[0]) / "self_localisation.png"
         if figure.exists():
@@ -358,22 +358,49 @@ def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], comm
     return "\n".join([*lines, "", "Commands:", "", *(f"- {m}: `python {c}`" for m, c in commands.items())]) + "\n"
 
 
-def draw(panels: dict[str, tuple[str, ...]], runs: dict[str, list[dict]], axis: str, path: Path) -> None:
-    """Held-out pass@1 against rollouts or tokens: mean over seeds, and a band from the lowest to the highest seed."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(max(7, 5.4 * len(panels)), 4.8), constrained_layout=True, sharey=True,
+def evaluations(results: list[dict], axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """(x [evaluations], the mean over seeds; pass@1 [seeds, evaluations]). Of several evaluations at the same number of
+    rollouts, as when traces are all sampled before the first update, the last."""
+    last = [list({n: (x, p) for n, x, p in zip(r["rollouts"], r[axis], r["pass"])}.values()) for r in results]
+    xs, ys = np.moveaxis(np.array([points[: min(map(len, last))] for points in last]), -1, 0)
+    return xs.mean(0), ys
+
+
+def draw(panels: dict[str, tuple[str, ...]], runs: dict[str, list[dict]], commands: dict[str, str], axis: str, path: Path) -> None:
+    """Held-out pass@1 at each evaluation against rollouts or tokens: mean over seeds, and a band from the lowest to the
+    highest seed. Where traces are all sampled before the first update there is nothing between start and end to draw."""
+    dashes = ["-", (0, (5, 2)), (0, (2.5, 1.5)), (0, (7, 2, 2, 2)), (0, (5, 1.5, 1.5, 1.5, 1.5, 1.5)), (0, (9, 3)), "-"]
+    figure, axes = plt.subplots(1, len(panels), figsize=(10 if len(panels) > 1 else 7, 5.2), layout="constrained", sharey=True,
                                 squeeze=False)
+    seeds, unit = max(map(len, runs.values())), 1000 if axis == "tokens" else 1
+    notes = [f"markers: mean of {seeds} seeds at an evaluation; band: lowest to highest seed"]
     for panel, (title, members) in zip(axes[0], panels.items()):
-        for m in [m for m in members if m in runs]:
-            top = min(r[axis][-1] for r in runs[m])
-            xs = np.linspace(0, top, 60)
-            ys = np.stack([np.interp(xs, r[axis], r["pass"]) for r in runs[m]])
-            line, = panel.plot(xs, ys.mean(0), label=m)
-            panel.fill_between(xs, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.15)
-        panel.set(title=title, xlabel=f"sampled {axis}" if axis == "tokens" else axis, ylim=(0, 1))
+        for i, m in enumerate([m for m in members if runs.get(m)]):
+            xs, ys = evaluations(runs[m], axis)
+            xs, mean, low, high = xs / unit, ys.mean(0), ys.min(0), ys.max(0)
+            first, label = 0, m
+            if "sdzero.py" in commands[m] and "--phase sd " not in commands[m]:
+                first = 1
+                notes.append("dotted: all was sampled before the first update; nothing is known in between")
+            if "hsd.py" in commands[m] and "--top_p 1" not in commands[m]:
+                label += " (top-p 0.95)"
+                notes.append("(top-p 0.95): sampled at that, in these evaluations too; unmarked: at 1")
+            if len(ys) < seeds:
+                label += f" ({len(ys)} of {seeds} seeds)"
+            style = {"color": f"C{i}", "marker": "osD^vPX"[i % 7], "markersize": 6.5 - 0.4 * i, "fillstyle": "none"}
+            line = {"linestyle": dashes[i % 7], "linewidth": 2.2 - 0.15 * i}
+            panel.plot(xs[first:], mean[first:], label=label, **style, **(line if len(xs) - first > 1 else {"linestyle": ":"}))
+            panel.fill_between(xs[first:], low[first:], high[first:], color=f"C{i}", alpha=0.13, linewidth=0)
+            if first:
+                panel.plot(xs[:2], mean[:2], linestyle=":", linewidth=1.3, **style)
+                panel.vlines(xs[:2], low[:2], high[:2], color=f"C{i}", alpha=0.5)
+        panel.set_title(title, fontsize=9.5)
+        panel.set(xlabel="sampled tokens, thousands" if axis == "tokens" else axis, ylim=(-0.02, 1.02))
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, handlelength=3.5)
     axes[0][0].set_ylabel("held-out pass@1")
-    figure.savefig(path, dpi=110)
+    figure.suptitle("\n".join(dict.fromkeys(notes)), fontsize=9)
+    figure.savefig(path, dpi=160)
     plt.close(figure)
 
 

@@ -60,3 +60,11 @@ def test_progress_counts_rollouts_tokens_and_seconds_up_to_each_evaluation(tmp_p
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = compare.progress(tmp_path)
     assert found == {"rollouts": [0, 16, 24], "tokens": [0, 240, 400], "seconds": [0, 5, 6], "pass": [0.1, 0.5, 0.6]}
+
+
+def test_a_figure_has_the_evaluations_and_nothing_between_them():
+    """Means of each, in order; of those at the same number of rollouts the last, however many a seed has."""
+    runs = [{"rollouts": [0, 64, 64, 96], "tokens": [0, 500, 500, 700], "pass": [0.2, 0.3, 0.4, 0.8]},
+            {"rollouts": [0, 64, 96], "tokens": [0, 540, 740], "pass": [0.4, 0.6, 0.8]}]
+    xs, ys = compare.evaluations(runs, "tokens")
+    assert xs.tolist() == [0, 520, 720] and ys.tolist() == [[0.2, 0.4, 0.8], [0.4, 0.6, 0.8]]
