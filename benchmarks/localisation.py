@@ -38,7 +38,9 @@ from common.tasks import load_task
 from common.verifiers import Verifier
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("peer", "answer", "solution", "hybrid")
+SHOWN = {"peer": "peer: the answer and a peer (HSD)", "answer": "answer: the bare answer (OPSD)",
+         "solution": "solution: the worked solution (OPSD)",
+         "hybrid": "hybrid: mean of the answer's credit and GRPO's advantage (a reading of GRPO+OPSD)"}
 WIDTHS = (2, 4, 8, 16, 32)
 
 
@@ -166,24 +168,23 @@ def table(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    figure, (a, b, c) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    for kind, row in result["kinds"].items():
-        style = {"linestyle": "--"} if kind == "hybrid" else {}
-        a.plot([(i + 0.5) / 20 for i in range(20)], row["by_position"], label=kind, **style)
+    figure, (a, b, c) = plt.subplots(1, 3, figsize=(11, 4.2), layout="constrained")
+    for i, (kind, row) in enumerate(result["kinds"].items()):
+        style = {"label": SHOWN[kind], "linestyle": "--" if kind == "hybrid" else "-", "linewidth": 2.6 - 0.5 * i}
+        a.plot([(t + 0.5) / 20 for t in range(20)], row["by_position"], **style)
         shown = [r for r in row["by_offset"] if r[2] >= 0.1 * result["failures"]]
-        b.plot([r[0] for r in shown], [r[1] for r in shown], label=kind, **style)
-        c.plot(WIDTHS, [row[f"mass/w{w}"] for w in WIDTHS], marker="o", label=kind, **style)
+        b.plot([r[0] for r in shown], [r[1] for r in shown], **style)
+        c.plot(range(len(WIDTHS)), [row[f"mass/w{w}"] for w in WIDTHS], marker="osD^"[i], markersize=5, **style)
     a.set(title="|A| along the response", xlabel="t / |o|", ylabel="mean |A|, nats", yscale="log")
-    b.set(title="|A| about the first divergence", xlabel="t − τ", ylabel="mean |A|, nats")
-    b.axvline(0, color="grey", linewidth=0.8)
-    c.set(title="share of Σ|A| within ±w of τ (whole response)", xlabel="w", xscale="log", ylim=(0, 1))
-    c.set_xticks(WIDTHS, [str(w) for w in WIDTHS])
-    c.minorticks_off()
+    b.set(title="|A| about the first divergence τ", xlabel="t − τ", ylabel="mean |A|, nats")
+    b.axvline(0, color="grey", linewidth=0.8, zorder=1)
+    c.set(title="share of Σ|A| within ±w of τ", xlabel="w", ylabel="of the whole response", ylim=(0, 1.02))
+    c.set_xticks(range(len(WIDTHS)), [str(w) for w in WIDTHS])
     for axis in (a, b, c):
         axis.grid(alpha=0.3)
-    a.legend()
-    figure.suptitle(f"{result['args']['name']}: failed responses with a successful peer, by what the teacher sees")
-    figure.savefig(path, dpi=110)
+    figure.legend(*a.get_legend_handles_labels(), loc="outside lower center", ncol=2, frameon=False)
+    figure.suptitle(f"{result['args']['name']}: failed responses with a successful peer, by what the teacher sees", fontsize=11)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
