@@ -465,7 +465,8 @@ def ladder_figure(numbers: dict, path: Path) -> None:
         axis.axhline(1, color="0.6", linewidth=0.8)
         axis.grid(alpha=0.3)
     axes[1].axhline(2**-9, color="0.6", linewidth=0.8, linestyle="--")
-    axes[1].text(axes[1].get_xlim()[1], 2**-9, "bf16 rounding ", ha="right", va="bottom", color="0.4", fontsize=8)
+    axes[1].annotate("bf16 rounding", (1, 2**-9), (-4, -6), xycoords=("axes fraction", "data"), textcoords="offset points",
+                     ha="right", va="top", color="0.4", fontsize=9)
     axes[0].set_ylabel("relative to float64 from the hidden states")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.17, 1, 1))
