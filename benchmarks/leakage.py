@@ -1,14 +1,15 @@
 """Leakage of privileged information: RLSD's Theorem 1 and Fig. 1 in small.
 
     python benchmarks/leakage.py                    # the probe and the long runs; an hour on two CPU cores
-    python benchmarks/leakage.py --steps 0          # the probe alone, a minute
+    python benchmarks/leakage.py --steps 0          # the probe alone, a minute; the runs that leakage.json has stay in it
 
 The probe. A teacher that sees a reference r pulls the student towards P(· | x, r), which the student, who does not see
 r, can at best meet on average over r. Theorem 1: the part of the forward-KL loss that no student can remove is the
 mutual information I(Y_t; R | X, Y_<t). For each question the probe takes the right answer and K − 1 wrong ones (those
 of other responses to it), reads the student's responses behind each, and reports, per token: the KL to the student
 with the right reference and with a shuffled one (another question's), and I as the mean KL of the K teachers to their
-mean. What the right and the shuffled reference have in common is format, not information.
+mean. It is a part of the mean KL of the same K teachers to the student, which exceeds it by the KL of their mean to the
+student. What the right and the shuffled reference have in common is format, not information.
 
 The runs. GRPO, RLSD and OPSD (forward KL to the answer-conditioned teacher: live and frozen) from the same start
 with the same rollouts a step, for --steps steps and --seeds seeds: held-out pass@1, response length, entropy, and the
@@ -84,9 +85,10 @@ def probe(args: Args) -> dict:
             return lm(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1].double().log_softmax(-1)
 
     rows = {"KL to the student, right reference": [], "KL to the student, shuffled reference": [],
-            "KL to the student, unknown reference": [], "I(Y; R | X), K references": []}
+            "KL to the student, unknown reference": [], "mean KL of the K teachers, same questions": [],
+            "I(Y; R | X), K references": []}
     for problem, group in zip(problems, groups):
-        others = sorted({o.text.rpartition("#### ")[2].strip() for o in group} - {problem.answer})
+        others = sorted({o.text.rpartition("#### ")[2].strip() for o in group if "#### " in o.text} - {problem.answer})
         ids = group[0].response_ids
         with torch.no_grad():
             student = lm(torch.tensor([group[0].prompt_ids + ids])).logits[0, len(group[0].prompt_ids) - 1 : -1]
@@ -99,6 +101,7 @@ def probe(args: Args) -> dict:
         if len(others) >= args.references - 1:
             teachers = [right, *(logp(problem, a, ids) for a in rng.sample(others, args.references - 1))]
             mean = torch.stack(teachers).logsumexp(0) - torch.tensor(float(args.references)).log()
+            rows["mean KL of the K teachers, same questions"].append(sum(kl(t, student) for t in teachers) / len(teachers))
             rows["I(Y; R | X), K references"].append(sum(kl(t, mean) for t in teachers) / len(teachers))
     tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
     return {name: {"mean": x.mean().item(), "stderr": (x.std() / len(x) ** 0.5).item(), "questions": len(x)}
@@ -126,30 +129,40 @@ def train(args: Args) -> dict[str, list[list[dict]]]:
 def main(args: Args) -> None:
     folder = ROOT / "results" / "leakage"
     folder.mkdir(parents=True, exist_ok=True)
-    measured = probe(args)
-    runs = train(args) if args.steps else {}
+    path = folder / "leakage.json"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    keep = ("step", "heldout/pass@1", "heldout/length", "entropy", "reward/mean", "leak/dumped")
-    slim = {name: [[{k: row[k] for k in keep if k in row} for row in rows] for rows in seeds] for name, seeds in runs.items()}
-    result = {"command": "python benchmarks/leakage.py " + " ".join(sys.argv[1:]), "commit": commit, "args": asdict(args),
-              "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})", "probe": measured, "runs": slim,
-              "commands": {name: " ".join(command) for name, command in RUNS.items()}}
-    (folder / "leakage.json").write_text(json.dumps(result))
-    lines = [f"`{result['command'].strip()}`, commit {commit}, {result['hardware']}.", "",
-             "| probe, nats a token | mean | standard error | questions |", "|---|---|---|---|"]
-    lines += [f"| {name} | {row['mean']:.4f} | {row['stderr']:.4f} | {row['questions']} |" for name, row in measured.items()]
-    if runs:
-        lines += ["", "| method | best held-out pass@1 (step) | at the end (step) | entropy at the end | leaks |",
-                  "|---|---|---|---|---|"]
-        for name, seeds in runs.items():
+    about = {"command": "python benchmarks/leakage.py " + " ".join(sys.argv[1:]), "commit": commit, "args": asdict(args),
+             "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})"}
+    result = {"probe": {**about, "rows": probe(args)}}
+    if args.steps:
+        keep = ("step", "heldout/pass@1", "heldout/length", "entropy", "reward/mean", "leak/dumped")
+        slim = {name: [[{k: row[k] for k in keep if k in row} for row in rows] for rows in seeds]
+                for name, seeds in train(args).items()}
+        result["long"] = {**about, "commands": {name: " ".join(command) for name, command in RUNS.items()}, "runs": slim}
+    elif path.exists():
+        result |= {k: v for k, v in json.loads(path.read_text()).items() if k == "long"}
+    path.write_text(json.dumps(result))
+    if "long" in result:
+        draw(result["long"]["runs"], folder / "leakage.png")
+    (folder / "leakage.md").write_text(table(result))
+    print(table(result))
+
+
+def table(result: dict) -> str:
+    origin = lambda part: f"`{part['command'].strip()}`, commit {part['commit']}, {part['hardware']}."
+    lines = [origin(result["probe"]), "", "| probe, nats a token | mean | standard error | questions |", "|---|---|---|---|"]
+    lines += ["| {} | {mean:.4f} | {stderr:.4f} | {questions} |".format(name.replace("|", "\\|"), **row)
+              for name, row in result["probe"]["rows"].items()]
+    if "long" in result:
+        lines += ["", origin(result["long"]), "", "| method | best held-out pass@1 (step) | at the end (step) | entropy at the "
+                  "end | leaks (logged responses) |", "|---|---|---|---|---|"]
+        for name, seeds in result["long"]["runs"].items():
             curve, steps = mean_curve(seeds, "heldout/pass@1")
             entropy, _ = mean_curve(seeds, "entropy")
             best = max(range(len(curve)), key=lambda i: curve[i])
             lines.append(f"| {name} | {curve[best]:.3f} ({steps[best]}) | {curve[-1]:.3f} ({steps[-1]}) | {entropy[-1]:.4f} | "
                          f"{sum(s[0]['leak/dumped'] for s in seeds) / len(seeds):.4f} |")
-        draw(runs, folder / "leakage.png")
-    (folder / "leakage.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 def mean_curve(seeds: list[list[dict]], key: str) -> tuple[list[float], list[int]]:
@@ -159,20 +172,24 @@ def mean_curve(seeds: list[list[dict]], key: str) -> tuple[list[float], list[int
 
 
 def draw(runs: dict[str, list[list[dict]]], path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    for name, seeds in runs.items():
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    for i, (name, seeds) in enumerate(runs.items()):
         for axis, key in zip(axes, ("heldout/pass@1", "heldout/length", "entropy")):
             curve, steps = mean_curve(seeds, key)
-            line, = axis.plot(steps, curve, label=name)
-            for rows in seeds:
-                axis.plot(*zip(*((r["step"], r[key]) for r in rows if key in r)), color=line.get_color(), alpha=0.2, linewidth=0.8)
+            axis.plot(steps, curve, label=name, color=f"C{i}", linestyle="-" if i % 2 == 0 else "--", linewidth=2.2 - 0.2 * i)
+            for rows in seeds if len(seeds) > 1 else ():
+                axis.plot(*zip(*((r["step"], r[key]) for r in rows if key in r)), color=f"C{i}", alpha=0.3, linewidth=0.8)
     for axis, label in zip(axes, ("held-out pass@1", "held-out response length (tokens)", "entropy (nats)")):
-        axis.set(title=label, xlabel="step")
+        axis.set_title(label, fontsize=11)
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(0, 1)
-    axes[0].legend()
-    figure.suptitle("the same start and rollouts a step; thin lines are seeds")
-    figure.savefig(path, dpi=110)
+    axes[0].set_ylim(-0.02, 1.02)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=len(runs), frameon=False)
+    count = max(map(len, runs.values()))
+    seeds = "one seed" if count == 1 else f"thick: mean of {count} seeds, thin: each of them"
+    figure.suptitle(f"the same weights at the start, the same number of rollouts a step; {seeds}\n"
+                    "OPSD (hsd.py) is sampled at top-p 0.95, GRPO and RLSD at 1, held-out problems too; a curve ends with its run", fontsize=10)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
