@@ -360,10 +360,12 @@ def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], comm
 
 def evaluations(results: list[dict], axis: str) -> tuple[np.ndarray, np.ndarray]:
     """(x [evaluations], the mean over seeds; pass@1 [seeds, evaluations]). Of several evaluations at the same number of
-    rollouts, as when traces are all sampled before the first update, the last."""
-    last = [list({n: (x, p) for n, x, p in zip(r["rollouts"], r[axis], r["pass"])}.values()) for r in results]
-    xs, ys = np.moveaxis(np.array([points[: min(map(len, last))] for points in last]), -1, 0)
-    return xs.mean(0), ys
+    rollouts, as when traces are all sampled before the first update, the last; where a seed has none at a number of rollouts
+    at which another has, on the line between its neighbours."""
+    last = [{n: (x, p) for n, x, p in zip(r["rollouts"], r[axis], r["pass"])} for r in results]
+    at = sorted(n for n in set().union(*last) if n <= min(map(max, last)))
+    xs, ys = ([np.interp(at, list(seed), [point[k] for point in seed.values()]) for seed in last] for k in (0, 1))
+    return np.mean(xs, 0), np.stack(ys)
 
 
 def draw(panels: dict[str, tuple[str, ...]], runs: dict[str, list[dict]], commands: dict[str, str], axis: str, path: Path) -> None:

@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 
+import numpy as np
 import pytest
 
 from benchmarks import compare
@@ -63,8 +64,9 @@ def test_progress_counts_rollouts_tokens_and_seconds_up_to_each_evaluation(tmp_p
 
 
 def test_a_figure_has_the_evaluations_and_nothing_between_them():
-    """Means of each, in order; of those at the same number of rollouts the last, however many a seed has."""
+    """Of those at the same number of rollouts the last; a seed that has none at 80 lies on its line there."""
     runs = [{"rollouts": [0, 64, 64, 96], "tokens": [0, 500, 500, 700], "pass": [0.2, 0.3, 0.4, 0.8]},
-            {"rollouts": [0, 64, 96], "tokens": [0, 540, 740], "pass": [0.4, 0.6, 0.8]}]
+            {"rollouts": [0, 64, 80, 96], "tokens": [0, 540, 650, 740], "pass": [0.4, 0.6, 0.9, 0.8]}]
     xs, ys = compare.evaluations(runs, "tokens")
-    assert xs.tolist() == [0, 520, 720] and ys.tolist() == [[0.2, 0.4, 0.8], [0.4, 0.6, 0.8]]
+    assert xs.tolist() == [0, 520, 625, 720] and ys == pytest.approx(np.array([[0.2, 0.4, 0.6, 0.8], [0.4, 0.6, 0.9, 0.8]]))
+    assert compare.evaluations(runs[:1], "rollouts")[0].tolist() == [0, 64, 96]
