@@ -8,7 +8,7 @@ For a question q, sample a group of G responses o_i from the policy and judge th
     D_KL   = π_ref/π_θ − log(π_ref/π_θ) − 1   at the sampled token                Eq. 4 (the "k3" estimator)
 
 --loss replaces the surrogate or the mean: dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo
-(2506.13585); it also brings that paper's settings as defaults (VARIANTS below), and what you type wins over them.
+(2506.13585); it also brings the settings in VARIANTS below as defaults, and what you type wins over them.
 
     python grpo.py --demo                                          # the embedded model, three minutes on a laptop
     python grpo.py --model Qwen/Qwen3-0.6B --group_size 8 --beta 0 --lr 3e-6                # one GPU
@@ -71,7 +71,7 @@ class Args:
 
     # the method
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
-    """surrogate and mean; also selects that paper's defaults"""
+    """surrogate and mean; also brings the defaults in VARIANTS"""
     group_size: int = 64
     """G, responses a question (§4.2)"""
     beta: float = 0.04
@@ -172,16 +172,17 @@ class Args:
     """the embedded model and task, small enough for a laptop: the overrides in DEMO"""
 
 
-VARIANTS = {  # what each paper prints beside its formula
+VARIANTS = {  # what belongs to each formula; of DAPO, all that its paper prints of training
     "grpo": {},
     "dr_grpo": dict(std=False, beta=0.0),
     "dapo": dict(clip_high=0.28, beta=0.0, group_size=16, batch_size=512, minibatches=16, dynamic_sampling=8,
-                 overlong="shape", max_tokens=20480),
+                 overlong="shape", max_tokens=20480, warmup=20),
     "gspo": dict(clip_low=3e-4, clip_high=4e-4, beta=0.0),
     "cispo": dict(beta=0.0),
 }
 DEMO = dict(model="assets/chain", task="chain", group_size=8, batch_size=16, minibatches=1, max_tokens=64, beta=0.0,
-            overlong_cache=16, share_prompts=True, lr=1e-4, steps=80, eval_every=10, eval_samples=2, save_every=40)
+            overlong_cache=16, share_prompts=True, lr=1e-4, warmup=0, steps=80, eval_every=10, eval_samples=2,
+            save_every=40)
 
 
 def presets(args: Args) -> dict:
@@ -192,8 +193,9 @@ def presets(args: Args) -> dict:
 # 2. rewards and advantages
 # ---------------------------------------------------------------------------------------------------------------------
 def shaped_rewards(rewards: Tensor, lengths: Tensor, args: Args) -> Tensor:
-    """DAPO Eq. 13, soft overlong punishment: 0 up to L_max − L_cache, then linear to −1 at L_max. All [Q, G]."""
-    return rewards + ((args.max_tokens - args.overlong_cache - lengths) / args.overlong_cache).clamp(-1, 0)
+    """DAPO: verdicts of 0 and 1 are rewards of −1 and 1 (Eq. 7), plus the soft overlong punishment (Eq. 13): 0 up to
+    L_max − L_cache, then linear to −1 at L_max. All [Q, G]."""
+    return 2 * rewards - 1 + ((args.max_tokens - args.overlong_cache - lengths) / args.overlong_cache).clamp(-1, 0)
 
 
 def advantages(rewards: Tensor, std: bool) -> Tensor:
@@ -205,7 +207,7 @@ def advantages(rewards: Tensor, std: bool) -> Tensor:
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.std(1, keepdim=True)
-    # §4.1.2: A_i = (r_i − mean(r)) / std(r); rewards that are all equal have no signal, and rounding must not make one
+    # GRPO §4.1.2: A_i = (r_i − mean(r)) / std(r); rewards that are all equal have no signal; rounding must not make one
     return torch.where(spread > 1e-6, centred / spread if std else centred, torch.zeros(()))
 
 
@@ -286,7 +288,7 @@ class Group(NamedTuple):
 
     @property
     def mixed(self) -> bool:
-        """Whether the rewards differ; where they do not, every advantage is 0."""
+        """Whether the verifier's rewards differ; where they do not, every advantage made of them is 0."""
         return len({v.reward for v in self.verdicts}) > 1
 
 
@@ -296,6 +298,10 @@ def main(args: Args) -> None:
     run = Run(args, "grpo")
     require(args.batch_size % (run.world * args.minibatches) == 0, f"--batch_size {args.batch_size} questions do not "
             f"divide into {run.world} process(es) × {args.minibatches} minibatch(es)")
+    require(args.overlong != "shape" or args.overlong_cache < args.max_tokens, "--overlong_cache "
+            f"{args.overlong_cache} must be below --max_tokens {args.max_tokens}, before which the punishment begins")
+    require(not args.dynamic_sampling or args.tensor_parallel == 1, "--dynamic_sampling: ranks that share an engine "
+            "(--tensor_parallel) cannot sample different numbers of rounds")
     require(not (args.share_prompts and args.checkpointing), "--share_prompts keeps keys and values, which "
             "--checkpointing would drop: take one of them")
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
@@ -334,7 +340,7 @@ def main(args: Args) -> None:
 
     def explore(step: int) -> list[Group]:
         """This rank's share of the questions as groups. With dynamic sampling, groups whose rewards are all equal are
-        replaced while rounds are left; those that remain fill the share, so that no rank waits for another."""
+        replaced while rounds are left; those that remain then fill the share, so that a step always ends."""
         share, rounds = args.batch_size // run.world, args.dynamic_sampling + 1
         mixed, equal = [], []
         for round in range(rounds):

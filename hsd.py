@@ -1,19 +1,20 @@
 """HSD: Hindsight Self-Distillation (arXiv 2606.15576), with OPSD (2601.18734) and the GRPO hybrid beside it.
 
-For a question q with answer a*, sample a group of G responses o_i and judge them: R_i ∈ {0, 1}. The model itself, shown
-in hindsight the answer and a peer that got there, teaches the model that was not:
+For a question q with answer a*, sample a group of G responses o_i and judge them: R_i ∈ {0, 1}. The same model, shown
+in hindsight the answer and a peer that got there, teaches itself as it is without them:
 
     S_i     = { j ≠ i : R_j = 1 }                                    the successful peers; a rollout is never its own
     c_i     = (a*, o_i⁺),  o_i⁺ ~ Uniform(S_i);   c_i = a* if S_i = ∅                                          Eq. 9
     L_i,t   = KL( sg[π_θ(· | q, c_i, o_i,<t)] ‖ π_θ(· | q, o_i,<t) )     over the whole vocabulary            Eq. 13
-    J(θ)    = E[ 1/G Σ_i 1/|o_i| Σ_t L_i,t ] + β KL(π_θ ‖ π_0)           minimised                            Eq. 10
+    J(θ)    = E[ 1/G Σ_i 1/|o_i| Σ_t L_i,t ] + Ω(θ),  Ω = β KL(π_θ ‖ π_0)   minimised                  Eq. 10, §2.2
     A_i,t   = log π_θ(o_i,t | q, c_i, o_i,<t) − log π_θ(o_i,t | q, o_i,<t)   the credit that is measured       Eq. 2
 
 There is no advantage, ratio or clip: GRPO only supplies groups and a verifier. All rollouts are trained, the successful
-ones too (each distils from another success), and an all-fail group is plain answer-conditioned OPSD.
+ones too (each distils from another success), and an all-fail group is plain answer-conditioned OPSD, where the question
+has a textual answer.
 
     python hsd.py --demo                                                 # the embedded model, three minutes on a laptop
-    torchrun --nproc_per_node=8 hsd.py --model Qwen/Qwen3-8B             # the paper's table is the default
+    torchrun --nproc_per_node=8 hsd.py --model Qwen/Qwen3-8B             # the paper's settings
     torchrun --nproc_per_node=8 hsd.py --context solution --entry_clip 0.05 --teacher frozen --beta 0
                                                                          # OPSD: full solution, per-entry clip
     torchrun --nproc_per_node=8 hsd.py --context answer --grpo_mix 0.5   # the paper's GRPO+OPSD baseline
@@ -58,7 +59,7 @@ from kernels.head import Divergence, TokenStats, head_loss
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    """HSD. Defaults: the paper's table (§A) for Qwen3-8B."""
+    """HSD. Defaults: §5.1 and App. A.2, A.3 of the paper, for Qwen3-8B."""
 
     model: str = "Qwen/Qwen3-8B"
     """folder or hub id of a causal LM with a chat template; start, first teacher and reference"""
@@ -79,9 +80,9 @@ class Args:
     context: Literal["peer", "answer", "solution"] = "peer"
     """what the teacher sees: answer and peer (Eq. 9), the answer alone, or the data's worked solution (OPSD)"""
     peer: Literal["uniform", "shortest", "low_ppl", "high_ppl"] = "uniform"
-    """which successful peer (Fig. 4d)"""
+    """which successful peer (Fig. 4d); perplexity is in the distribution that was sampled from"""
     kl: Literal["forward", "reverse", "jsd"] = "forward"
-    """forward: KL(teacher‖student), Eq. 13 as printed; reverse: KL(student‖teacher); jsd: the symmetric mean"""
+    """forward: KL(teacher‖student), Eq. 13 as printed; reverse: KL(student‖teacher); jsd: Jensen–Shannon"""
     entry_clip: float = 0.0
     """OPSD: bound on each vocabulary entry of the forward KL, in nats; 0 is off"""
     teacher: Literal["live", "frozen", "snapshot", "ema"] = "live"
@@ -239,7 +240,8 @@ class Tokens(NamedTuple):
 
     weight: Tensor  # from token_weights
     advantage: Tensor  # the group's, for --grpo_mix
-    sampler_logp: Tensor  # log π_sampler
+    signal: Tensor  # 1 where the teacher has a context; the others only have GRPO's share
+    sampler_logp: Tensor  # log π_sampler, for the log
     ref_logp: Tensor | None  # log π_0; None without a reference
 
 
@@ -251,18 +253,19 @@ def divergence(args: Args) -> Divergence:
 
 
 def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """½(log π_θ/π_0)²: on samples of π_θ its gradient is that of KL(π_θ‖π_0), the direction that the paper names."""
+    """½(log π_θ/π_0)²: on samples of π_θ its gradient is that of the token's KL(π_θ‖π_0) given its prefix, in the
+    direction that the paper names."""
     return 0.5 * (logp - ref_logp).square()
 
 
 def loss(token: TokenStats, batch: Tokens, args: Args) -> Tensor:
     """The loss of each token [T]; their sum is J (Eq. 10) of the batch. The teacher's side carries no gradient."""
-    per_token = token.kl  # Eq. 13
+    per_token = token.kl * batch.signal  # Eq. 13
     if args.grpo_mix > 0:
         ratio = (token.logp - token.logp.detach()).exp()  # one update a step: π_old is the policy itself
         per_token = (1 - args.grpo_mix) * per_token - args.grpo_mix * ratio * batch.advantage
     if batch.ref_logp is not None:
-        per_token = per_token + args.beta * k2(token.logp, batch.ref_logp)  # Eq. 10
+        per_token = per_token + args.beta * k2(token.logp, batch.ref_logp)  # Ω(θ), §2.2
     return batch.weight * per_token
 
 
@@ -283,7 +286,7 @@ def advantages(rewards: Tensor, std: bool) -> Tensor:
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.std(1, keepdim=True)
-    # §4.1.2: A_i = (r_i − mean(r)) / std(r); rewards that are all equal have no signal, and rounding must not make one
+    # GRPO §4.1.2: A_i = (r_i − mean(r)) / std(r); rewards that are all equal have no signal; rounding must not make one
     return torch.where(spread > 1e-6, centred / spread if std else centred, torch.zeros(()))
 
 
@@ -300,7 +303,7 @@ def divergence_point(response: list[int], peer: list[int]) -> int | None:
 
 
 def localisation(credit: Tensor, tau: int) -> dict[str, float]:
-    """How |A_t| (Eq. 2; credit [|o|], nats) of one response is spread about τ (§5.7, Table 5).
+    """How |A_t| (Eq. 2; credit [|o|], nats) of one response is spread about τ (§5.3, App. E.3, Table 5).
 
     mass/w8 is the share of the whole response's |A| that lies within 8 tokens of τ; mass50/w8 the share of what lies
     within 50 tokens of τ: the paper does not state its denominator, and its own numbers fit the second.
@@ -336,7 +339,7 @@ class Group(NamedTuple):
 
     @property
     def mixed(self) -> bool:
-        """Whether the rewards differ; where they do not, every advantage is 0."""
+        """Whether the verifier's rewards differ; where they do not, every advantage made of them is 0."""
         return len({v.reward for v in self.verdicts}) > 1
 
 
@@ -354,7 +357,8 @@ def main(args: Args) -> None:
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     if args.dry_run:
         return run.plan(task, tokenizer, verifier, group=args.group_size, steps=args.steps,
-                        copies=(args.teacher != "live") + (args.beta > 0))
+                        copies=(args.teacher != "live") + (args.beta > 0),
+                        taught=2 if args.context == "peer" and args.overflow == "error" else 1)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
     teacher = policy if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
@@ -428,7 +432,9 @@ def main(args: Args) -> None:
         A = advantages(rewards, std=True) if args.group_size > 1 else torch.zeros_like(rewards)
         hints = [h for g in groups for h in teach(g, random.Random(f"{args.seed}/{step}/{g.problem.id}"))]
         teacher_prompts, peers, overflow = zip(*hints)
-        kept = torch.tensor([p is not None for p in teacher_prompts]).view_as(rewards)
+        signal = torch.tensor([p is not None for p in teacher_prompts]).view_as(rewards)
+        before = [t or p for t, p in zip(teacher_prompts, prompts)]  # without a context: read only for GRPO's share
+        kept = signal | (args.grpo_mix > 0)
         if args.train_on == "failed":
             kept &= rewards < 1
         weight = token_weights(lengths, kept)
@@ -443,16 +449,18 @@ def main(args: Args) -> None:
         with run.timer("update"):
             collected: dict[str, list[Tensor]] = {}
             credit: dict[int, Tensor] = {}  # rollout → A_t of Eq. 2, [|o|]
-            for micro in micro_batches(teacher_prompts, responses, rows, args.token_budget, run.device):
+            for micro in micro_batches(before, responses, rows, args.token_budget, run.device):
                 with torch.no_grad():
                     seen = teacher(micro, lambda hidden, weight: (hidden, weight))
                 student = micro.behind(prompts, responses)
                 batch = Tokens(weight=micro.spread(weight.flatten()), advantage=micro.spread(A.flatten()),
+                               signal=micro.spread(signal.flatten()),
                                sampler_logp=micro.gather([o.logprobs for o in rollouts]),
                                ref_logp=None if ref_logp is None else micro.gather(ref_logp))
                 total, stats = policy(student, head(student, batch, seen, teacher is policy, args))
                 (total * run.world).backward()  # FSDP averages over ranks; the weights are already global
-                credit |= zip(micro.rows, (stats.teacher_logp - stats.logp).cpu().split(micro.lengths))
+                found = zip(micro.rows, (stats.teacher_logp - stats.logp).cpu().split(micro.lengths))
+                credit |= {row: a for row, a in found if teacher_prompts[row] is not None}
                 for name, value in diagnostics(stats, batch).items():
                     collected.setdefault(name, []).append(value)
             lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
@@ -472,7 +480,7 @@ def main(args: Args) -> None:
                     **{name: torch.cat(parts) for name, parts in collected.items()}}
         if step == first_step and rows:
             i = max(rows, key=lambda i: peers[i] is not None)
-            run.show(tokenizer, prompts[i], responses[i], f"teacher's prompt:\n{tokenizer.decode(teacher_prompts[i])}")
+            run.show(tokenizer, prompts[i], responses[i], f"teacher's prompt:\n{tokenizer.decode(before[i])}")
         run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
                                      feedback=v.feedback) for g in groups[:2] for o, v in zip(g.rollouts, g.verdicts)])
         if run.due(step + 1, args.steps):  # at intervals, at the end, and where SIGTERM asks to stop
@@ -496,8 +504,9 @@ def head(micro: Micro, batch: Tokens, seen: tuple[Tensor, Tensor], shared: bool,
 def diagnostics(token: TokenStats, batch: Tokens) -> dict[str, Tensor]:
     """Per-token metrics of an update [T]; the log takes their mean (or their maximum)."""
     gap = token.logp - batch.sampler_logp  # log π_θ/π_sampler; not 0 where --top_p cuts the sampler's distribution
-    out = {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy, "kl": token.kl,
-           "credit/mean_abs": (token.teacher_logp - token.logp).abs(), "mismatch/kl": gap.expm1() - gap,
+    shown = batch.signal == 1
+    out = {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy[shown], "kl": token.kl[shown],
+           "credit/mean_abs": (token.teacher_logp - token.logp)[shown].abs(), "mismatch/kl": gap.expm1() - gap,
            "mismatch/max_abs_dlogp": gap.abs()}
     if batch.ref_logp is not None:
         out["kl_ref"] = k2(token.logp, batch.ref_logp)
@@ -509,9 +518,8 @@ def where_credit_is(groups: list[Group], peers: list[int | None], credit: dict[i
     out: dict[str, list[float]] = {name: [] for name in METRICS}
     for q, g in enumerate(groups):
         R = [v.reward for v in g.verdicts]
-        p = sum(R) / len(R)
-        out["coverage/measured"].append(sum(r < 1 and p > 0 for r in R) / len(R))
-        out["coverage/eq12"].append(float(coverage(torch.tensor(p), len(R))))  # at the group's own pass rate
+        p = sum(r == 1 for r in R) / len(R)
+        out["coverage"].append(sum(r < 1 and p > 0 for r in R) / len(R))  # its mean over groups estimates Eq. 12
         for i, r in enumerate(R):
             k = q * len(R) + i
             if k not in credit:
@@ -528,7 +536,7 @@ def where_credit_is(groups: list[Group], peers: list[int | None], credit: dict[i
 
 
 METRICS = ["tau", "credit/at_tau", "credit/before_tau", "credit/after_tau", "shift/peer", "shift/answer",
-           "coverage/measured", "coverage/eq12", *(f"peak/{b}" for b in ("easy", "medium", "hard")),
+           "coverage", *(f"peak/{b}" for b in ("easy", "medium", "hard")),
            *(f"{m}/w{w}" for m in ("mass", "mass50") for w in (2, 4, 8, 16, 32))]
 
 

@@ -77,7 +77,7 @@ class Args:
 
     # the method
     lam: float = 0.5
-    """λ at the first step: the share of the advantage that the teacher's weights spread; 0 is GRPO"""
+    """λ at the first step: the share of the advantage that w redistributes; 0 is GRPO"""
     lam_steps: int = 50
     """steps over which λ falls linearly to 0"""
     eps_w: float = 0.2
@@ -85,7 +85,8 @@ class Args:
     hint: Literal["answer", "solution"] = "answer"
     """r: the final answer alone (the paper) or the data's worked solution"""
     teacher: Literal["snapshot", "live", "frozen", "ema"] = "snapshot"
-    """whose weights teach: a copy every --teacher_every steps (the paper), the student's, the start's, an average"""
+    """whose weights teach: a copy of the student's every --teacher_every steps (the paper), the student's own at every
+    step, the start's, or a moving average"""
     teacher_every: int = 10
     """--teacher snapshot: steps between copies"""
     teacher_rate: float = 0.05
@@ -228,7 +229,7 @@ def advantages(rewards: Tensor, std: bool) -> Tensor:
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.std(1, keepdim=True)
-    # §4.1.2: A_i = (r_i − mean(r)) / std(r); rewards that are all equal have no signal, and rounding must not make one
+    # GRPO §4.1.2: A_i = (r_i − mean(r)) / std(r); rewards that are all equal have no signal; rounding must not make one
     return torch.where(spread > 1e-6, centred / spread if std else centred, torch.zeros(()))
 
 
@@ -248,11 +249,10 @@ def spread(A: Tensor, teacher_logp: Tensor, logp: Tensor, lam: float, eps_w: flo
     return A * ((1 - lam) + lam * w.clamp(1 - eps_w, 1 + eps_w)), w  # Eq. 15 in Algorithm 1, line 17
 
 
-def token_weights(lengths: Tensor, kept: Tensor, args: Args) -> Tensor:
-    """The weight of each token of a rollout in the batch's mean, [Q, G], for lengths [Q, G] in tokens and kept [Q, G]
-    (0 takes a rollout out). Counts go over all ranks, so any split of a batch gives the same loss."""
-    kept = kept.float()
-    share = kept if args.mean == "token" else kept / lengths  # released code: one mean over all tokens; printed: 1/|y|
+def token_weights(lengths: Tensor, args: Args) -> Tensor:
+    """The weight of each token of a rollout in the batch's mean, [Q, G], for lengths [Q, G] in tokens. Counts go over
+    all ranks, so any split of a batch gives the same loss."""
+    share = torch.ones_like(lengths) if args.mean == "token" else 1 / lengths  # released: one mean; printed: 1/|y|
     count = (share * lengths).sum().double()
     dist.all_reduce(count)
     return share / count.clamp(min=1)
@@ -300,7 +300,7 @@ class Group(NamedTuple):
 
     @property
     def mixed(self) -> bool:
-        """Whether the rewards differ; where they do not, every advantage is 0."""
+        """Whether the verifier's rewards differ; where they do not, every advantage made of them is 0."""
         return len({v.reward for v in self.verdicts}) > 1
 
 
@@ -309,6 +309,7 @@ def main(args: Args) -> None:
            teacher_rate=(0, 1), clip_low=(0, 1), clip_high=(0, 1e3), dual_clip=(0, 1e3), tis=(0, 1e3), epochs=(1, 1e3),
            minibatches=(1, 1e5))
     run = Run(args, "rlsd")
+    require(args.dual_clip == 0 or args.dual_clip > 1, f"--dual_clip {args.dual_clip} must be above 1, or 0 for off")
     require(args.batch_size % (run.world * args.minibatches) == 0, f"--batch_size {args.batch_size} questions do not "
             f"divide into {run.world} process(es) × {args.minibatches} minibatch(es)")
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
@@ -316,16 +317,18 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model)
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    for p in task.train if args.lam > 0 else ():
+        context(p, args)  # so does a problem without the teacher's hint
     if args.dry_run:
         return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.epochs * args.minibatches,
-                        copies=int(args.teacher != "live"), steps=args.steps)
+                        copies=int(args.teacher != "live" and args.lam > 0), steps=args.steps)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
-    teacher = policy if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
+    teacher = policy if args.teacher == "live" or args.lam == 0 else frozen_copy(policy, args.model, run.device)
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, weight_decay=args.weight_decay)
     sampler = make_sampler(args, tokenizer, run.device)
     run.begin(*task.notes)
-    moving = {"teacher": teacher} if args.teacher in ("snapshot", "ema") else {}
+    moving = {"teacher": teacher} if args.teacher in ("snapshot", "ema") and args.lam > 0 else {}
     first_step = run.resume(policy, optimizer, **moving)
     sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's
 
@@ -377,7 +380,7 @@ def main(args: Args) -> None:
         rewards = torch.tensor([[v.reward for v in g.verdicts] for g in groups])  # [Q, G]
         lengths = torch.tensor([[float(len(o.response_ids)) for o in g.rollouts] for g in groups])
         truncated = torch.tensor([[o.truncated for o in g.rollouts] for g in groups])
-        A, kept, lam = advantages(rewards, args.std), torch.ones_like(truncated), lam_at(step, args)
+        A, lam = advantages(rewards, args.std), lam_at(step, args)
 
         sampler.rest()
         with run.timer("score"):
@@ -398,7 +401,7 @@ def main(args: Args) -> None:
                 order = torch.randperm(len(groups)) if args.minibatches > 1 else torch.arange(len(groups))
                 for part in order.chunk(args.minibatches):
                     weight = torch.zeros_like(A)
-                    weight[part] = token_weights(lengths[part], kept[part], args)
+                    weight[part] = token_weights(lengths[part], args)
                     # a response whose advantage is 0 has no gradient: it need not be read
                     rows = [q * args.group_size + i for q in part.tolist() for i in range(args.group_size)
                             if A[q, i] != 0]
@@ -414,9 +417,9 @@ def main(args: Args) -> None:
                             collected.setdefault(name, []).append(value)
                     lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
                     optimizer_step(policy, optimizer, lr, args.max_norm, metrics)
-            if args.teacher == "ema":
+            if moving and args.teacher == "ema":
                 blend(teacher, policy, args.teacher_rate)
-            elif args.teacher == "snapshot" and (step + 1) % args.teacher_every == 0:
+            elif moving and (step + 1) % args.teacher_every == 0:
                 blend(teacher, policy, 1.0)
 
         with run.timer("sync"):
@@ -454,6 +457,8 @@ def diagnostics(token: TokenStats, batch: Tokens, lam: float, args: Args) -> dic
     gap = old_logp - batch.sampler_logp  # log π_old/π_sampler, 0 where sampler and trainer agree
     ratio, A = (token.logp - old_logp).exp(), batch.advantage
     clipped = ((ratio > 1 + args.clip_high) & (A > 0)) | ((ratio < 1 - args.clip_low) & (A < 0))
+    if args.dual_clip > 0:
+        clipped |= (ratio > args.dual_clip) & (A < 0)
     out = {"entropy": token.entropy, "nll": -token.logp, "clip_frac": clipped.float(), "mismatch/kl": gap.expm1() - gap,
            "mismatch/max_abs_dlogp": gap.abs(), "mismatch/tis": gap.exp().clamp(max=args.tis or torch.inf)}
     if batch.teacher_logp is not None:
@@ -468,7 +473,7 @@ def diagnostics(token: TokenStats, batch: Tokens, lam: float, args: Args) -> dic
 
 def refers_to_a_reference(text: str) -> bool:
     """Whether a response speaks of a reference that its prompt does not hold: the symptom of leakage."""
-    pattern = r"\b(final answer is (given|\d)|(reference|given|provided) (answer|solution)|solution that passed)"
+    pattern = r"\b(final answer is given (as|to)|(reference|given|provided) (answer|solution)|solution that passed)"
     return re.search(pattern, text, re.IGNORECASE) is not None
 
 

@@ -6,18 +6,20 @@ own tokens:
 
     q(· | x, f_i, y_<t)  = teacher;   f_i: a successful sibling's solution, else feedback on y_i; neither: no loss
     L(θ) = Σ_t KL( π_θ(· | x, y_<t) ‖ sg[q(· | x, f, y_<t)] ),    y ~ sg[π_θ(· | x)]                           Eq. 1
-    A_t(ŷ) = log[ q(ŷ | x, f, y_<t) / π_θ(ŷ | x, y_<t) ]          the advantage of every vocabulary entry    §2 (§1.3)
+    A_t(ŷ) = log[ q(ŷ | x, f, y_<t) / π_θ(ŷ | x, y_<t) ]          the advantage of every vocabulary entry           §2
     A      = λ A^GRPO + (1 − λ) A^SDPO                            the hybrid                                   Eq. 3
     q: EMA of θ;  or the trust region q* ∝ exp((1 − α) log q_ref + α log q_θ)                               Table 4
 
 The reward enters only through which response counts as successful.
 
     python sdpo.py --demo                                          # the embedded model, three minutes on a laptop
-    torchrun --nproc_per_node=4 sdpo.py --task sciknoweval/chemistry --kl jsd --top_k 100          # Table 12, Sec. 3
+    torchrun --nproc_per_node=4 sdpo.py --task sciknoweval/chemistry --context solution --kl jsd --top_k 100
+                                                                   # Table 12, Sec. 3
     torchrun --nproc_per_node=8 sdpo.py --task livecodebench --kl reverse --top_k 20 --teacher_rate 0.01 \\
         --minibatches 4 --lr 1e-6 --warmup 0                    # Table 12, Sec. 4; one question a process and update
     python sdpo.py --test_time --task livecodebench --kl reverse --top_k 20 --adv_clip 5 --teacher_rate 0.01 \\
-        --batch_size 1 --group_size 16 --lr 1e-6 --warmup 0                                        # Table 12, Sec. 5
+        --batch_size 1 --group_size 16 --budget 2750 --seeds 5 --warmup 0 --lora_rank 32 --lr 1e-5
+                                                                   # Table 12, Sec. 5, with LoRA: one process, one GPU
 
 Equations are v2's (v1 printed the gradient without π inside the sum). The default divergence is exact, over the whole
 vocabulary; the paper's top-K + tail is --top_k. The released code masks and averages per sequence within a micro-batch;
@@ -62,7 +64,8 @@ from kernels.head import Divergence, TokenStats, head_loss, token_stats
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    """SDPO. Defaults: Table 12, column Sec. 3, with the divergence over the whole vocabulary."""
+    """SDPO. Defaults: Table 12, column Sec. 3, but the divergence is over the whole vocabulary and, where no sibling
+    succeeds, the checker's feedback is shown (Sec. 3 has none: --context solution)."""
 
     model: str = "Qwen/Qwen3-8B"
     """folder or hub id of a causal LM with a chat template; start and first teacher"""
@@ -85,7 +88,8 @@ class Args:
     top_k: int = 0
     """the divergence over the student's K likeliest tokens and one tail bucket (Sec. 3: 100; Sec. 4, 5: 20); 0: all"""
     granularity: Literal["logit", "token", "sampled", "sequence"] = "logit"
-    """Fig. 10: an advantage for every entry, for the likeliest token, for the sampled token, for the whole response"""
+    """Fig. 10: an advantage for every entry, for the likeliest token, for the whole response; or (released) for the
+    sampled token. The last two are of the reverse KL, on sampled tokens"""
     adv_clip: float = 0.0
     """bound on |A_t(ŷ)| of --kl reverse (Sec. 5: 5.0), nats; 0 is off"""
     teacher: Literal["ema", "trust_region", "frozen", "live"] = "ema"
@@ -97,11 +101,11 @@ class Args:
     lam: float = 0.0
     """λ of Eq. 3: the share of GRPO's advantage (the paper's hybrid: 0.9)"""
     is_clip: float = 2.0
-    """ρ: bound on π_θ/π_old of a token, with more than one update a step"""
+    """bound on π_θ/π_old of a token, with more than one update a step (the released code: 2)"""
     tis: float = 2.0
-    """C in sg(min(π_old/π_sampler, C)), the truncated importance weight of each token; 0 is off"""
+    """ρ of Table 12: sg(min(π_old/π_sampler, ρ)), the truncated importance weight of each token; 0 is off"""
     mean: Literal["token", "sequence"] = "token"
-    """over all tokens with a signal (the paper), or within a response first (the effect of the released code)"""
+    """over all tokens with a signal (the paper), or within a response first (as released, but without its zeros)"""
     group_size: int = 8
     """G, responses a question"""
     minibatches: int = 1
@@ -131,7 +135,7 @@ class Args:
 
     # optimisation
     steps: int = 500
-    """exploration stages"""
+    """of sampling, judging and updating"""
     lr: float = 1e-5
     """learning rate of AdamW, constant after the warm-up"""
     warmup: int = 10
@@ -208,6 +212,7 @@ def presets(args: Args) -> dict:
 SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
 CLOSING = "Now solve the problem in your own words."
+THOUGHTS = re.compile(r"<think>.*?</think>\s*|\A.*?</think>\s*", re.DOTALL)  # the template may have opened them
 
 
 def context(problem: Problem, solution: str | None, feedback: str | None, args: Args) -> list[dict] | None:
@@ -220,7 +225,7 @@ def context(problem: Problem, solution: str | None, feedback: str | None, args: 
     """
     blocks = []
     if solution is not None and args.context != "feedback":
-        blocks.append(SOLUTION.format(solution=re.sub(r"<think>.*?</think>\s*", "", solution, flags=re.DOTALL)))
+        blocks.append(SOLUTION.format(solution=THOUGHTS.sub("", solution)))
     if feedback and (args.context in ("feedback", "both") or (args.context == "either" and not blocks)):
         blocks.append(FEEDBACK.format(feedback=feedback))
     if not blocks:
@@ -253,8 +258,8 @@ class Tokens(NamedTuple):
 
 
 def clipped_advantages(bound: float):
-    """KL(π‖q) with the advantages A(ŷ) = log q − log π bounded in the gradient (Table 12: 5.0): → a divergence of one's
-    own for the kernels (docs/kernels.md), (value, slope) of each entry; at.x is A(ŷ)."""
+    """KL(π‖q) with the advantages A(ŷ) = log q − log π bounded in the gradient (Table 12: 5.0): → a custom divergence
+    for the kernels (docs/kernels.md), (value, slope) of each entry; at.x is A(ŷ)."""
     return lambda at, _: (at.gap - at.p * at.x, -at.p * at.x.clamp(-bound, bound))
 
 
@@ -276,7 +281,7 @@ def loss(token: TokenStats, batch: Tokens, args: Args) -> Tensor:
         A = (token.teacher_logp - token.logp).detach()
         distil = -(rollout_mean(A, batch.rollout) if args.granularity == "sequence" else A) * token.logp
     ratio = (token.logp - old_logp).clamp(-20, 20).exp()
-    distil = distil * ratio.detach().clamp(max=args.is_clip)  # §1.7: truncated weight of an off-policy token
+    distil = distil * ratio.detach().clamp(max=args.is_clip)  # truncated weight of an off-policy token, as released
     per_token = batch.signal * distil
     if args.lam > 0:  # Eq. 3
         per_token = (1 - args.lam) * per_token - args.lam * ratio * batch.advantage
@@ -317,15 +322,19 @@ class Group(NamedTuple):
 
     @property
     def mixed(self) -> bool:
-        """Whether the rewards differ; where they do not, every advantage is 0."""
+        """Whether the verifier's rewards differ; where they do not, every advantage made of them is 0."""
         return len({v.reward for v in self.verdicts}) > 1
 
 
 def main(args: Args) -> None:
     within(args, group_size=(1, 1e5), top_k=(0, 1e6), adv_clip=(0, 1e3), teacher_rate=(0, 1), lam=(0, 1), tis=(0, 1e3),
-           is_clip=(0, 1e3), minibatches=(1, 1e5), questions=(1, 1e6), budget=(1, 1e7), seeds=(1, 1e3))
-    require(not args.adv_clip or args.kl == "reverse", "--adv_clip bounds the advantages of --kl reverse")
+           is_clip=(1, 1e3), minibatches=(1, 1e5), questions=(1, 1e6), budget=(1, 1e7), seeds=(1, 1e3))
+    require(not args.adv_clip or (args.kl == "reverse" and args.granularity in ("logit", "token")), "--adv_clip bounds "
+            "the advantages of --kl reverse, with --granularity logit or token")
+    require(not args.test_time or (args.budget >= args.group_size and not args.resume), "--test_time needs a --budget "
+            f"of at least --group_size {args.group_size} attempts, and always begins at --model: leave out --resume")
     run = Run(args, "sdpo-test-time" if args.test_time else "sdpo")
+    require(run.world == 1 or not args.test_time, "--test_time runs in one process")
     require(args.batch_size % (run.world * args.minibatches) == 0, f"--batch_size {args.batch_size} questions do not "
             f"divide into {run.world} process(es) × {args.minibatches} minibatch(es)")
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
@@ -336,7 +345,7 @@ def main(args: Args) -> None:
     if args.dry_run:
         steps = args.questions * args.seeds * (args.budget // args.group_size) if args.test_time else args.steps
         return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.minibatches,
-                        copies=(args.teacher != "live") + args.test_time, steps=steps)
+                        copies=(args.teacher != "live") + args.test_time, steps=steps, taught=2)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
     slow = None if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
@@ -375,17 +384,17 @@ def main(args: Args) -> None:
         problems = take(task.train, args.seed, start, share)
         return judged_groups(problems, args.group_size, (args.seed, 0), range(start, start + share))
 
-    def hinted(group: Group, rng: random.Random) -> list[list[int] | None]:
-        """The teacher's prompt for each rollout of a group; None where there is no signal."""
+    def hinted(group: Group, rng: random.Random) -> list[tuple[list[int] | None, str]]:
+        """The teacher's prompt for each rollout of a group (None where there is no signal), and what it shows."""
         out = []
         for i, j in enumerate(choose_siblings([v.reward for v in group.verdicts], rng)):
-            solution = None if j is None else group.rollouts[j].text
+            solution = None if j is None or args.context == "feedback" else group.rollouts[j].text
             messages = context(group.problem, solution, group.verdicts[i].feedback, args)
             ids = None if messages is None else chat_ids(tokenizer, messages, args.thinking)
             require(ids is None or len(ids) + len(group.rollouts[i].response_ids) <= sampler.context, f"problem "
                     f"{group.problem.id}: the teacher's prompt (with a solution or the environment's feedback) and a "
                     f"response exceed the model's context of {sampler.context} tokens; lower --max_tokens")
-            out.append(ids)
+            out.append((ids, "none" if ids is None else "feedback" if solution is None else "solution"))
         return out
 
     def learn(groups: list[Group], step: int, metrics: dict) -> list[list[int] | None]:
@@ -394,7 +403,8 @@ def main(args: Args) -> None:
         prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
         rewards = torch.tensor([[v.reward for v in g.verdicts] for g in groups])  # [Q, G]
         lengths = torch.tensor([[float(len(o.response_ids)) for o in g.rollouts] for g in groups])
-        hints = [h for g in groups for h in hinted(g, random.Random(f"{args.seed}/{step}/{g.problem.id}"))]
+        shown = [h for g in groups for h in hinted(g, random.Random(f"{args.seed}/{step}/{g.problem.id}"))]
+        hints, kinds = zip(*shown)
         signal = torch.tensor([h is not None for h in hints]).view_as(rewards)
         teacher_prompts = [h or p for h, p in zip(hints, prompts)]  # without a signal: read only for GRPO's share
         A = rewards - rewards.mean(1, keepdim=True)
@@ -432,8 +442,6 @@ def main(args: Args) -> None:
         with run.timer("sync"):
             sampler.load(full_weights(policy))
 
-        solved = [k and args.context != "feedback" for k in has_sibling(rewards)]
-        kinds = ["none" if h is None else "solution" if k else "feedback" for h, k in zip(hints, solved)]
         metrics |= {"reward/mean": rewards, "length/mean": lengths, "length/max": lengths, "lr": lr,
                     "frac_truncated": [o.truncated for o in rollouts], "frac_zero_std": [not g.mixed for g in groups],
                     **{f"context/{name}": [k == name for k in kinds] for name in ("solution", "feedback", "none")},
@@ -441,16 +449,18 @@ def main(args: Args) -> None:
         return hints
 
     def teacher_accuracy(groups: list[Group], hints: list[list[int] | None]) -> list[float]:
-        """Rewards of the teacher answering from its own context, one response for each rollout with a signal."""
+        """Rewards of the teacher answering from its own context, one response for each rollout with a signal, where a
+        longest one fits."""
         sampler.load(full_weights(slow if args.teacher in ("ema", "frozen") else policy))
-        shown = [(h, g.problem) for h, g in zip(hints, (g for g in groups for _ in g.rollouts)) if h is not None]
-        answers = sampler.sample([h for h, _ in shown], 1, seed=(args.seed, 2), keys=range(len(shown)),
-                                 max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p)
+        shown = [(h, g.problem) for h, g in zip(hints, (g for g in groups for _ in g.rollouts))
+                 if h is not None and len(h) + args.max_tokens <= sampler.context]
+        answers = sampler.sample([h for h, _ in shown], 1, seed=(args.seed, 2),
+                                 keys=range(run.rank, len(shown) * run.world, run.world), max_tokens=args.max_tokens,
+                                 temperature=args.temperature, top_p=args.top_p)
         sampler.load(full_weights(policy))
         return [v.reward for v in verifier([p for _, p in shown], [a[0].text for a in answers])]
 
     if args.test_time:
-        require(run.world == 1, "--test_time runs in one process")
 
         def reset() -> None:
             for model in (policy, *moving.values()):
@@ -491,12 +501,6 @@ def main(args: Args) -> None:
 
     run.log(args.steps, evaluate())
     run.finish(sampler, verifier)
-
-
-def has_sibling(rewards: Tensor) -> list[bool]:
-    """Whether each rollout of rewards [Q, G] has a successful sibling, row by row."""
-    right = (rewards == 1).float()
-    return (right.sum(1, keepdim=True) - right > 0).flatten().tolist()
 
 
 def head(micro: Micro, batch: Tokens, seen: list[tuple[Tensor, Tensor]], mix: tuple[float, ...], args: Args):
@@ -544,21 +548,31 @@ def discover(args: Args, run: Run, problems: list[Problem], judged_groups, feedb
     hard = sorted(range(len(problems)), key=lambda i: (rates[i], i))[: args.questions]
     trials = [(i, problems[i], s) for i in hard for s in range(args.seeds)]
     found: dict[str, list[int | None]] = {m: [None] * len(trials) for m in ("SDPO", "best-of-k", "multi-turn")}
-    G, rounds = args.group_size, args.budget // args.group_size
+    G, rounds, updates = args.group_size, args.budget // args.group_size, 0
+
+    def keep() -> None:
+        result = {"budget": rounds * G, "problems": [p.id for _, p, _ in trials], "solved_at": found}
+        (run.folder / "discovery.json").write_text(json.dumps(result))
+
     for n in run.steps(0, len(trials)):
         i, problem, s = trials[n]
         reset()
         tried: list[Group] = []
         while len(tried) < rounds and first_right(tried) is None:
             if tried:
-                learn(tried[-1:], len(tried) - 1, {})
+                metrics: dict = {"problem": i, "repetition": s}
+                learn(tried[-1:], len(tried) - 1, metrics)
+                run.log(updates, metrics)
+                updates += 1
             tried += judged_groups([problem], G, (args.seed, 5, s, i), range(len(tried), len(tried) + 1))
         found["SDPO"][n] = first_right(tried)
+        keep()
         run.due(n + 1)
         require(not run.stopping, "stopped by SIGTERM: --test_time keeps no checkpoint, so it begins again")
     reset()
     for n, (i, problem, s) in enumerate(trials):
         found["best-of-k"][n] = first_right(judged_groups([problem] * rounds, G, (args.seed, 5, s, i), range(rounds)))
+        keep()
     said: list[list[str]] = [[] for _ in trials]
     for turn in range(rounds):
         open_trials = [n for n in range(len(trials)) if found["multi-turn"][n] is None]
@@ -570,8 +584,7 @@ def discover(args: Args, run: Run, problems: list[Problem], judged_groups, feedb
                 if verdict.feedback not in said[n][-WINDOW:]:
                     said[n].append(verdict.feedback)
 
-    result = {"budget": rounds * G, "problems": [p.id for _, p, _ in trials], "solved_at": found}
-    (run.folder / "discovery.json").write_text(json.dumps(result))
+    keep()
     draw_discovery(found, rounds * G, run.folder / "discovery.png")
     for method, times in found.items():
         low, mean, high = discovery(times, rounds * G)
@@ -584,7 +597,8 @@ def first_right(groups: list[Group]) -> int | None:
 
 
 def discovery(times: list[int | None], k: int, draws: int = 2000) -> tuple[float, float, float]:
-    """discovery@k = P(an attempt up to the k-th passes), between the bounds of a bootstrap 90 % interval.
+    """discovery@k = P(an attempt up to the k-th passes), between the bounds of a bootstrap 90 % interval over trials
+    (with several repetitions of a problem it is too narrow, for they are alike).
 
     >>> discovery([1, 3, None, 9], k=4)[1]
     0.5

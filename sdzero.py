@@ -13,13 +13,13 @@ made to say y again; student: the generator that wrote y:
     L_SD(θ) = E_{y ~ π_θ(·|x)} Σ_t KL( π_θ(· | x, y_<t) ‖ sg[π_SRT(· | x, y, P_r, y_<t)] )                     Eq. 4
 
 Nothing but the verifier's bit enters: no reference solution, no reward in a loss. --rounds 2 syncs the teacher
-(θ_SRT := θ) after each pass over the questions of phase 2: iterative self-evolution (§3.4).
+(θ_SRT := θ) between passes over the questions of phase 2: iterative self-evolution (§3.4).
 
-    python sdzero.py --demo                                        # both phases on the embedded model, four minutes
+    python sdzero.py --demo                                        # both phases on the embedded model, two minutes
     torchrun --nproc_per_node=4 sdzero.py                          # both phases, the paper's tables
     torchrun --nproc_per_node=4 sdzero.py --phase srt              # phase 1 alone; its checkpoint then feeds
     torchrun --nproc_per_node=4 sdzero.py --phase sd --model runs/NAME/checkpoints/step_N
-    torchrun --nproc_per_node=4 sdzero.py --phase srt --baseline rft    # the baselines at the same budget
+    torchrun --nproc_per_node=4 sdzero.py --phase srt --baseline rft    # rejection sampling; sft beside it
 
 Paper and released code disagree on almost every knob; the default is the paper, and the released choice is a flag:
 --kl mixed --top_k 64 (teacher's, renormalised), --mean token, --srt_temperature 1.0 --srt_top_p 0.9. Left out on
@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -52,7 +53,7 @@ from common.policy import (
 )
 from common.run import Run, parse, require, within
 from common.sampler import Rollout, chat_ids, make_sampler
-from common.tasks import Problem, load_task, take
+from common.tasks import Problem, in_hash_order, load_task, take
 from common.verifiers import Verdict, Verifier
 from kernels.head import Divergence, TokenStats, head_loss
 
@@ -62,7 +63,8 @@ from kernels.head import Divergence, TokenStats, head_loss
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    """SD-Zero. Defaults: the paper's tables for Qwen3-4B-Instruct; where text and tables differ, the tables."""
+    """SD-Zero. Defaults: the paper's tables for Qwen3-4B-Instruct; where text and tables differ, the tables, except
+    that the KL is Eq. 4's, over the whole vocabulary."""
 
     model: str = "Qwen/Qwen3-4B-Instruct-2507"
     """folder or hub id of a causal LM with a chat template"""
@@ -83,7 +85,7 @@ class Args:
     phase: Literal["both", "srt", "sd"] = "both"
     """both phases, self-revision training alone, or self-distillation alone from --model as it is"""
     baseline: Literal["", "rft", "sft"] = ""
-    """phase 1 on other data: the model's own right answers (--inits 4 of each question), or the given solutions"""
+    """phase 1 on other data: all right ones of 4 answers to each question, or the given solutions"""
 
     # phase 1: self-revision training
     srt_questions: int = 10000
@@ -129,7 +131,8 @@ class Args:
     kl: Literal["reverse", "forward", "mixed"] = "reverse"
     """reverse: KL(student‖teacher), Eq. 4; forward: its opposite; mixed: the mean of both (released)"""
     top_k: int = 0
-    """over the teacher's K likeliest tokens, both sides renormalised (released: 64); 0: the whole vocabulary"""
+    """over the teacher's K likeliest tokens, both sides renormalised (the paper's table and the released code: 64); 0:
+    the whole vocabulary, as Eq. 4 is written"""
     mean: Literal["sum", "token"] = "sum"
     """in both phases: sums over tokens, mean over responses, as printed; or one mean over all tokens (released)"""
     batch_size: int = 128
@@ -147,9 +150,9 @@ class Args:
     warmup: int = 20
     """steps of linear warm-up"""
     weight_decay: float = 0.01
-    """of AdamW (betas 0.9, 0.999)"""
+    """of AdamW (betas 0.9, 0.999: released)"""
     max_norm: float = 1.0
-    """gradient norm limit, both phases"""
+    """gradient norm limit, both phases (the paper gives it for phase 2)"""
 
     # the machine
     token_budget: int = 16384
@@ -207,8 +210,11 @@ DEMO = dict(model="assets/chain", task="chain", heldout=256, srt_questions=1024,
             max_tokens=192, lr=1e-4, warmup=5, mean="token", eval_every=16, save_every=64)
 
 
+BASELINES = {"": {}, "rft": dict(inits=4, per_question=4, kept_traces=10**9), "sft": dict(kept_traces=10**9)}
+
+
 def presets(args: Args) -> dict:
-    return {**(DEMO if args.demo else {}), **(dict(inits=4, revisions=0) if args.baseline == "rft" else {})}
+    return {**(DEMO if args.demo else {}), **BASELINES[args.baseline]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +243,7 @@ class Trace(NamedTuple):
 
     id: str
     r: int  # verdict on y_init
-    right: bool  # verdict on y_rev (of rft: on the response)
+    right: bool  # y_rev (of rft: the response) is right and not cut off
     prompt_ids: list[int]
     init_ids: list[int]  # y_init without its end token; empty in the baselines
     control_ids: list[int]  # P_r; empty in the baselines
@@ -247,7 +253,8 @@ class Trace(NamedTuple):
 
 def select(traces: list[Trace], args: Args) -> list[Trace]:
     """D_REVISION: traces whose revision is right, without repetitions, at most --per_question of a question, and at
-    most --kept_traces, of which --wrong_share started wrong (fewer where there are not enough).
+    most --kept_traces, of which --wrong_share started wrong: fewer where too few did, and no more right ones than fit
+    to them. Where too few started right, the share is larger.
 
     The paper keeps 6,000 of about 40,000 generations and says neither the mix nor the cap.
     """
@@ -329,45 +336,58 @@ class Group(NamedTuple):
 
     @property
     def mixed(self) -> bool:
-        """Whether the rewards differ; where they do not, every advantage is 0."""
+        """Whether the verifier's rewards differ; where they do not, every advantage made of them is 0."""
         return len({v.reward for v in self.verdicts}) > 1
 
 
 def main(args: Args) -> None:
-    within(args, srt_questions=(1, 1e9), inits=(1, 1e3), revisions=(0, 1e3), kept_traces=(1, 1e9), wrong_share=(0, 1),
+    within(args, srt_questions=(1, 1e9), inits=(1, 1e3), revisions=(1, 1e3), kept_traces=(1, 1e9), wrong_share=(0, 1),
            per_question=(1, 1e3), srt_temperature=(0.01, 9), srt_top_p=(0.01, 1), srt_max_tokens=(1, 1e6),
            top_k=(0, 1e6), collect_batch=(1, 1e6), srt_epochs=(1, 1e3), srt_batch=(1, 1e6), srt_lr=(0, 1),
            srt_warmup=(0, 1), srt_weight_decay=(0, 1), sd_questions=(1, 1e9), rounds=(1, 1e3))
-    require(not args.baseline or args.phase == "srt", f"--baseline {args.baseline} replaces phase 1: add --phase srt")
+    require(not args.baseline or (args.phase == "srt" and not args.traces), f"--baseline {args.baseline} replaces "
+            "phase 1 and its traces: add --phase srt, leave out --traces")
     run = Run(args, f"sdzero-{args.baseline or args.phase}")
     for size in ("batch_size", "srt_batch"):
         require(getattr(args, size) % run.world == 0, f"--{size} {getattr(args, size)} does not divide into "
                 f"{run.world} process(es)")
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
                      data_dir=args.data_dir, against=args.against)
-    require(args.srt_questions + args.sd_questions <= len(task.train), "the phases must not share a question: lower "
-            f"--srt_questions {args.srt_questions} or --sd_questions {args.sd_questions}; there are {len(task.train)}")
-    srt_problems = task.train[: args.srt_questions]
-    sd_problems = task.train[args.srt_questions : args.srt_questions + args.sd_questions]
+    train = in_hash_order(list({p.id: p for p in task.train}.values()))  # a mixture comes part by part, and repeats
+    sd_count = args.sd_questions if args.phase != "srt" else 0
+    require(args.srt_questions + sd_count <= len(train), "the phases must not share a question, also where each runs "
+            f"alone: lower --srt_questions {args.srt_questions} or --sd_questions {sd_count}; there are {len(train)}")
+    srt_problems, sd_problems = train[: args.srt_questions], train[args.srt_questions : args.srt_questions + sd_count]
     tokenizer = load_tokenizer(args.model)
-    a_round = len(sd_problems) // args.batch_size if args.phase != "srt" else 0
+    a_round = len(sd_problems) // args.batch_size
     require(args.phase == "srt" or a_round > 0, f"--batch_size {args.batch_size} is more than --sd_questions")
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     if args.dry_run:
         updates = -(-args.kept_traces * args.srt_epochs // args.srt_batch) if args.phase != "sd" else 0
-        run.say(f"phase 1: {args.srt_questions:,} questions × {args.inits} answers × (1 + {args.revisions} revisions), "
+        run.say(f"phase 1: {args.srt_questions:,} questions × {args.inits} answers × {args.revisions} revisions, "
                 f"then at most {updates:,} updates on {args.srt_batch} traces; phase 2:")
-        return run.plan(task, tokenizer, verifier, copies=1, reads=2, steps=args.rounds * a_round)
+        return run.plan(task, tokenizer, verifier, copies=int(args.phase != "srt"), reads=2,
+                        steps=args.rounds * a_round)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
-    teacher = frozen_copy(policy, args.model, run.device)  # becomes θ_SRT when phase 2 begins
+    moving = {}  # what a checkpoint holds beside the policy: the teacher becomes θ_SRT when phase 2 begins
+    if args.phase != "srt":
+        moving["teacher"] = frozen_copy(policy, args.model, run.device)
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr)
     sampler = make_sampler(args, tokenizer, run.device)
-    require(args.phase == "srt" or 2 * args.max_tokens < sampler.context, f"--max_tokens {args.max_tokens}: the "
-            f"teacher reads a response twice, and the model's context is {sampler.context} tokens")
+
+    def chats(problems: list[Problem]) -> list[list[int]]:
+        return [chat_ids(tokenizer, p.messages, args.thinking) for p in problems]
+
+    prompt = max(map(len, chats(task.heldout))) + len(control_ids(tokenizer, 0))
+    for name, used in (("srt_max_tokens", args.phase != "sd" and not args.baseline and not args.traces),
+                       ("max_tokens", args.phase != "srt")):
+        length = prompt + 2 * getattr(args, name)
+        require(not used or length <= sampler.context, f"--{name} {getattr(args, name)}: what is revised or taught is "
+                f"read twice, {length} tokens with its question; the model's context is {sampler.context}")
     run.begin(*task.notes)
-    first_step = run.resume(policy, optimizer, teacher=teacher)
+    first_step = run.resume(policy, optimizer, **moving)
     sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's
 
     def judged(problems: list[Problem], prompts: list[list[int]], n: int, seed: tuple[int, ...], keys, max_tokens: int,
@@ -380,26 +400,25 @@ def main(args: Args) -> None:
             verdicts = verifier([p for p in problems for _ in range(n)], [o.text for g in groups for o in g])
         return [Group(p, g, verdicts[i * n : i * n + n]) for i, (p, g) in enumerate(zip(problems, groups))]
 
-    def chats(problems: list[Problem]) -> list[list[int]]:
-        return [chat_ids(tokenizer, p.messages, args.thinking) for p in problems]
-
     def evaluate() -> dict:
-        """Held-out problems, each rank every world-th: a first attempt, then its revision (generate-then-revise)."""
+        """Held-out problems, each rank every world-th: first attempts, then a revision of one (generate-then-revise)
+        where both fit the model's context."""
         sampler.load(full_weights(policy))
         mine = range(run.rank, len(task.heldout), run.world)
         problems, options = [task.heldout[i] for i in mine], (args.max_tokens, args.temperature, args.top_p)
         with run.timer("evaluate"):
-            first = judged(problems, chats(problems), 1, (args.seed, 1), mine, *options)
-            fits = [g for g in first if len(g.rollouts[0].prompt_ids) + 2 * args.max_tokens + 32 <= sampler.context]
-            again = [reviser_prompt(g.rollouts[0], int(g.verdicts[0].reward), tokenizer, sampler.ends) for g in fits]
-            keys = [i for i, g in zip(mine, first) if g in fits]
-            second = judged([g.problem for g in fits], again, 1, (args.seed, 2), keys, *options) if fits else []
-        r1, r2 = ([g.verdicts[0].reward for g in groups] for groups in (fits, second))
-        return {"heldout/pass@1": [g.verdicts[0].reward for g in first], "revise/pass@1": r2,
-                "heldout/length": [len(g.rollouts[0].response_ids) for g in first],
+            first = judged(problems, chats(problems), args.eval_samples, (args.seed, 1), mine, *options)
+            again = [reviser_prompt(g.rollouts[0], int(g.verdicts[0].reward), tokenizer, sampler.ends) for g in first]
+            fits = [(key, g, p) for key, g, p in zip(mine, first, again) if len(p) + args.max_tokens <= sampler.context]
+            second = judged([g.problem for _, g, _ in fits], [p for *_, p in fits], 1, (args.seed, 2),
+                            [key for key, *_ in fits], *options)
+        r1, r2 = [g.verdicts[0].reward for _, g, _ in fits], [g.verdicts[0].reward for g in second]
+        responses = [o for g in first for o in g.rollouts]
+        return {"heldout/pass@1": [v.reward for g in first for v in g.verdicts], "revise/pass@1": r2,
+                "heldout/length": [len(o.response_ids) for o in responses],
                 "revise/corrected": [b for a, b in zip(r1, r2) if a < 1],  # of wrong first attempts
                 "revise/kept": [b for a, b in zip(r1, r2) if a == 1],  # of right ones
-                "heldout/keyword_rate": [speaks_of_revision(g.rollouts[0].text) for g in first]}
+                "heldout/keyword_rate": [speaks_of_revision(o.text) for o in responses]}
 
     def collect(path: Path) -> list[Trace]:
         """Phase 1's traces: read from `path` as far as they stand there, sampled and appended batch by batch after."""
@@ -407,17 +426,21 @@ def main(args: Args) -> None:
         _, done, size = read_traces(path)
         if run.rank == 0 and path.exists():
             os.truncate(path, size)  # what an interrupted batch left behind
+        require(not first_step or len(done) == len(batches), f"{path} does not hold all the traces that the checkpoint "
+                "was trained on: give them by --traces, or go on under its run's --name")
+        place = {p.id: i for i, p in enumerate(srt_problems)}
         for b in batches[len(done) :]:
             mine = range(b + run.rank, min(b + args.collect_batch, len(srt_problems)), run.world)
             traces, spent = collect_batch([srt_problems[i] for i in mine], mine)
             parts: list = [None] * run.world
             dist.all_gather_object(parts, (traces, spent))
             if run.rank == 0:
-                lines = [json.dumps(t._asdict()) for part, _ in parts for t in part]
+                found = sorted((t for part, _ in parts for t in part), key=lambda t: place[t.id])  # as in one process
+                lines = [json.dumps(t._asdict()) for t in found]
                 total = {k: sum(s[k] for _, s in parts) for k in ("generations", "sampled_tokens")}
                 with open(path, "a") as f:  # the last line says that the batch is whole
                     f.write("\n".join([*lines, json.dumps({"batch": b, **total})]) + "\n")
-                run.say(f"traces: {b + args.collect_batch} of {len(srt_problems)} questions")
+                run.say(f"traces: {min(b + args.collect_batch, len(place))} of {len(place)} questions")
         dist.barrier()
         return read_traces(path)[0]
 
@@ -434,7 +457,8 @@ def main(args: Args) -> None:
         inits = [(g.problem, o, int(v.reward == 1)) for g in first for o, v in zip(g.rollouts, g.verdicts)]
         spent = [len(o.response_ids) for _, o, _ in inits]
         if args.baseline == "rft":
-            traces = [Trace(p.id, r, r == 1, o.prompt_ids, [], [], o.response_ids, o.text) for p, o, r in inits]
+            traces = [Trace(p.id, r, r == 1 and not o.truncated, o.prompt_ids, [], [], o.response_ids, o.text)
+                      for p, o, r in inits]
         else:
             again = [reviser_prompt(o, r, tokenizer, sampler.ends) for _, o, r in inits]
             names = [key * args.inits + k for key in keys for k in range(args.inits)]
@@ -453,12 +477,16 @@ def main(args: Args) -> None:
     if args.phase != "sd" and not args.eval_only:
         path = Path(args.traces) if args.traces else run.folder / "traces.jsonl"
         require(not args.traces or path.is_file(), f"--traces {args.traces}: no such file")
-        found = read_traces(path)[0] if args.traces else collect(path)
+        with run.timer("collect"):
+            found = read_traces(path)[0] if args.traces else collect(path)
+        shared = {t.id for t in found} & {p.id for p in [*sd_problems, *task.heldout]}
+        require(not shared, f"--traces {args.traces}: {len(shared)} of its questions are held out or phase 2's; give "
+                "the --heldout and --srt_questions that it was collected with")
         traces = select(found, args)
-        wrong = sum(t.r == 0 for t in traces)
-        run.say(f"kept {len(traces)} of {len(found)} traces; y_init was wrong in {wrong}")
-        require(len(traces) > 0, "no revision passed the verifier, so there is nothing to train on: raise "
-                "--srt_questions or --revisions, take easier problems, or start from a stronger model")
+        run.say(f"kept {len(traces)} of {len(found)} traces; y_init was wrong in {sum(t.r == 0 for t in traces)}")
+        require(len(traces) > 0, f"no trace is left to train on: of {len(found)}, {sum(t.right for t in found)} end "
+                f"right and whole, {sum(t.right > t.r for t in found)} of them from a wrong start; raise --revisions, "
+                "--srt_questions or --srt_max_tokens, lower --wrong_share, or take easier problems or a stronger model")
     updates = -(-len(traces) * args.srt_epochs // args.srt_batch)
     last_step = updates + args.rounds * a_round
 
@@ -492,11 +520,11 @@ def main(args: Args) -> None:
 
     def distil(step: int, metrics: dict) -> list[Group]:
         """One step of phase 2 (Eq. 4); step counts from its beginning."""
+        teacher = moving["teacher"]
         if step % a_round == 0:  # θ_SRT at the beginning; with more rounds, the teacher is synced
             blend(teacher, policy, 1.0)
             if step == 0:
                 optimizer.state.clear()
-                sampler.load(full_weights(policy))
         optimizer.param_groups[0].update(betas=(0.9, 0.999), weight_decay=args.weight_decay)
         share = args.batch_size // run.world
         place = step // a_round * len(sd_problems) + step % a_round * args.batch_size + run.rank * share
@@ -509,6 +537,8 @@ def main(args: Args) -> None:
         for g, p, y in zip(groups, teacher_prompts, responses):
             require(len(p) + len(y) <= sampler.context, f"problem {g.problem.id}: the teacher reads the response "
                     f"twice, {len(p) + len(y)} tokens; the model's context is {sampler.context}; lower --max_tokens")
+        if step == 0:
+            run.show(tokenizer, prompts[0], responses[0], f"teacher's prompt:\n{tokenizer.decode(teacher_prompts[0])}")
         per_token = token_share([len(y) for y in responses], args.mean)
         sampler.rest()
         with run.timer("update"):
@@ -538,9 +568,10 @@ def main(args: Args) -> None:
                     **{name: torch.cat(parts) for name, parts in collected.items()}}
         return groups
 
-    curves: dict[int, list[list[float]]] = {0: [], 1: []}  # of the first responses of phase 2, by verdict
+    curves: dict[int, list[list[float]]] = {0: [], 1: []}  # of this process's first responses in phase 2, by verdict
     for step in run.steps(first_step, last_step):
-        metrics: dict = evaluate() if step % args.eval_every == 0 or step == updates else {}
+        every = args.eval_every if step >= updates else max(args.eval_every, updates // 10)  # many small updates
+        metrics: dict = evaluate() if step % every == 0 or step == updates else {}
         metrics["phase"] = 1 if step < updates else 2
         groups: list[Group] = []
         if step < updates:
@@ -550,7 +581,7 @@ def main(args: Args) -> None:
         run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
                                      feedback=v.feedback) for g in groups[:8] for o, v in zip(g.rollouts, g.verdicts)])
         if run.due(step + 1, updates, last_step):  # at intervals, at the ends, and where SIGTERM asks to stop
-            run.save(step + 1, policy, optimizer, tokenizer, teacher=teacher)
+            run.save(step + 1, policy, optimizer, tokenizer, **moving)
         if run.stopping:
             return run.finish(sampler, verifier)
 
@@ -572,8 +603,8 @@ def head(micro: Micro, batch: Tokens, seen: tuple[Tensor, Tensor], args: Args):
 
 def diagnostics(token: TokenStats, r: Tensor, gap: Tensor) -> dict[str, Tensor]:
     """Per-token metrics of phase 2 [T]; r [T] is the verdict on the token's response, gap [T] is log π_θ/π_sampler.
-    teacher/copies is how often the teacher's likeliest token is the one it has just read: targets that a mere copy of
-    the first y would give."""
+    teacher/copies is how often the teacher's likeliest token is the one that stands there in the first copy of y, as a
+    mere copy would have it."""
     right, wrong = r == 1, r == 0
     return {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy, "kl": token.kl,
             "kl/right": token.kl[right], "kl/wrong": token.kl[wrong], "mismatch/kl": gap.expm1() - gap,
@@ -599,12 +630,13 @@ def read_traces(path: Path) -> tuple[list[Trace], list[dict], int]:
     return traces, batches, size
 
 
-KEYWORDS = ("wait", "hold on", "actually", "let me re", "my mistake", "this is wrong", "not correct", "start over")
+KEYWORDS = re.compile(r"\b(wait|hold on|actually|let me re-?(check|phrase|consider|do|think|try|vis\w+))\b|my mistake|"
+                      r"this is wrong|not correct|start over", re.I)
 
 
 def speaks_of_revision(text: str) -> bool:
     """Whether a response holds a phrase of self-revision (the paper counts 27 such words; a proxy)."""
-    return any(word in text.lower() for word in KEYWORDS)
+    return bool(KEYWORDS.search(text))
 
 
 def localisation(kl: Tensor, buckets: int = 20) -> list[float]:
@@ -627,7 +659,7 @@ def draw_localisation(curves: dict[int, list[list[float]]], path: Path) -> None:
         if curves[r]:
             mean = torch.tensor(curves[r]).mean(0)
             axis.plot(range(1, len(mean) + 1), mean, marker="o", label=f"{name}, {len(curves[r])} responses")
-    axis.set(xlabel="tokens of a response in 20 parts, by falling KL", ylabel="mean KL(student‖teacher), nats",
+    axis.set(xlabel="tokens of a response in 20 parts, by falling KL", ylabel="mean divergence (--kl), nats",
              title="self-localisation", yscale="log")
     axis.legend()
     axis.grid(alpha=0.3)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from common import require
 from kernels.adamw import LeanAdamW
 from kernels.head import TokenStats, token_stats
+from kernels.pack import behind_prefix, pad_right
 
 
 class Policy(nn.Module):
@@ -95,14 +96,12 @@ def check_path(path: str) -> None:
     folder = Path(path).expanduser()
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         require(folder.exists(), f"--model {path}: no such folder")
-        require((folder / "config.json").exists(), f"--model {path}: no config.json in this folder: not a Hugging Face "
-                "checkpoint")
+        require((folder / "config.json").exists(), f"--model {path}: no config.json, so not a Hugging Face checkpoint")
         return
     try:
         AutoConfig.from_pretrained(path)
     except OSError as error:
-        why = str(error).splitlines()[0]
-        raise SystemExit(f"error: --model {path}: neither a folder nor a model on the hub ({why})") from None
+        raise SystemExit(f"error: --model {path}: no folder, nor on the hub: {str(error).splitlines()[0]}") from None
 
 
 def shard(policy: Policy, device: torch.device) -> Policy:
@@ -114,9 +113,8 @@ def shard(policy: Policy, device: torch.device) -> Policy:
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     places = (world // local, local) if local < world else (world,)
-    names = ("machine", "rank")[-len(places) :]
     mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
-    options = dict(mesh=dist.init_device_mesh(device.type, places, mesh_dim_names=names),
+    options = dict(mesh=dist.init_device_mesh(device.type, places, mesh_dim_names=("machine", "rank")[-len(places) :]),
                    mp_policy=MixedPrecisionPolicy(**mixed))
     for module in policy.lm.modules():
         if type(module).__name__ in policy.lm._no_split_modules:  # the decoder layers, as transformers names them
@@ -148,7 +146,7 @@ class Micro:
 
     def behind(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Micro:
         """The same rollouts, token for token, after other prompts: a student's view of a teacher's micro-batch."""
-        return pad_right([prompts[i] for i in self.rows], [responses[i] for i in self.rows], self.rows, self.ids.device)
+        return packed(pad_right, prompts, responses, self.rows, self.ids.device)
 
     def spread(self, values: Sequence[float] | Tensor) -> Tensor:
         """One value a rollout of the batch → one a token [T], in fp32.
@@ -189,39 +187,12 @@ def micro_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]], 
         bins.append(full[half:])  # empty where nothing is left to split
         del full[half:]
     make = behind_prefix if share_prompts else pad_right
-    return [make([prompts[i] for i in part], [responses[i] for i in part], part, device) for part in bins]
+    return [packed(make, prompts, responses, part, device) for part in bins]
 
 
-def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """[B, L] with zeros on the right; at least one row and one column, for a model reads no less."""
-    width = max(map(len, rows), default=0) or 1
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows or [[]]])
-
-
-def pad_right(prompts: list[list[int]], responses: list[list[int]], rows: list[int], device: torch.device) -> Micro:
-    ids = padded([p + r for p, r in zip(prompts, responses)])
-    ends = [b * ids.shape[1] + len(p) - 1 for b, p in enumerate(prompts)]  # of the prompts
-    index = [end + i for end, r in zip(ends, responses) for i in range(len(r))]
-    targets = [t for r in responses for t in r]
-    tensors = ids, torch.tensor(index, dtype=torch.long), torch.tensor(targets, dtype=torch.long)
-    return Micro(rows, [len(r) for r in responses], *(x.to(device) for x in tensors))
-
-
-def behind_prefix(prompts: list[list[int]], responses: list[list[int]], rows: list[int], device: torch.device) -> Micro:
-    """As pad_right, with each different prompt once. A response's first token is predicted at its prompt's end, the
-    others at the token before them, so that its last token need not be read."""
-    different = list(dict.fromkeys(map(tuple, prompts))) or [(0,)]
-    which = [different.index(tuple(p)) for p in prompts]
-    prefix, ids = padded(different), padded([r[:-1] for r in responses])
-    mask = padded([[1] * len(p) for p in different])
-    wide, width = prefix.shape[1], ids.shape[1]
-    index = []
-    for b, (k, p, r) in enumerate(zip(which, prompts, responses)):
-        start = len(different) * wide + b * width  # where this row begins, behind all prompts
-        index += [k * wide + len(p) - 1, *range(start, start + len(r) - 1)]
-    targets = torch.tensor([t for r in responses for t in r], dtype=torch.long)
-    tensors = (ids, torch.tensor(index, dtype=torch.long), targets, prefix, mask, torch.tensor(which or [0]))
-    return Micro(rows, [len(r) for r in responses], *(x.to(device) for x in tensors))
+def packed(make: Callable, prompts: Sequence, responses: Sequence, rows: list[int], device: torch.device) -> Micro:
+    mine = [responses[i] for i in rows]
+    return Micro(rows, [len(r) for r in mine], *(x.to(device) for x in make([prompts[i] for i in rows], mine)))
 
 
 @torch.no_grad()

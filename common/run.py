@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -84,7 +85,8 @@ class Run:
         within(args, **{name: bounds for name, bounds in RANGES.items() if hasattr(args, name)})
         self.args = args
         cuda, (store, rank, world) = torch.cuda.is_available(), meeting_place()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(hours=2))  # a rank may sample or verify longer than another
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", dist.get_node_local_rank(0)) if cuda else torch.device("cpu")
         if cuda:
@@ -251,14 +253,11 @@ class Run:
         """Load what --resume names ("auto": this run's last checkpoint, if any). → the number of finished steps."""
         if not self.args.resume:
             return 0
-        folder = self.last() if self.args.resume == "auto" else Path(self.args.resume)
-        if folder is None:
+        found = list(self.chosen() if self.rank == 0 else (None, ""))
+        dist.broadcast_object_list(found)  # a disk that machines share may not show all of them the same folders
+        require(not found[1], found[1])
+        if (folder := found[0]) is None:
             return self.rewind(0)
-        require((folder / "manifest.json").exists(), f"--resume {folder}: no manifest.json, so not a checkpoint")
-        for name, expected in json.loads((folder / "manifest.json").read_text()).items():
-            intact = (folder / name).exists() and checksum(folder / name) == expected
-            require(intact, f"checkpoint {folder} is damaged: {name} is missing or changed; remove that folder to "
-                            "resume from the one before it")
         trainer = json.loads((folder / "trainer.json").read_text())
         rank = trainer["args"].get("lora_rank", 0)
         require(rank == self.args.lora_rank, f"checkpoint {folder} was trained with --lora_rank {rank}: say so too, or "
@@ -272,6 +271,19 @@ class Run:
         self.say(f"resumed from {folder} after {trainer['step']} steps")
         return self.rewind(trainer["step"])
 
+    def chosen(self) -> tuple[Path | None, str]:
+        """The checkpoint that --resume names (None: there is none yet), and what speaks against it."""
+        last = self.last()
+        folder = last if self.args.resume == "auto" else Path(self.args.resume)
+        if folder is None or not (folder / "manifest.json").exists():
+            return folder, f"--resume {folder}: no manifest.json, so not a checkpoint" * (folder is not None)
+        files = json.loads((folder / "manifest.json").read_text()).items()
+        bad = [name for name, old in files if not (folder / name).exists() or checksum(folder / name) != old]
+        if bad:
+            return folder, f"checkpoint {folder} is damaged: {bad[0]} is missing or changed; remove that folder"
+        later = last is not None and last.name > folder.name
+        return folder, f"{last} is later than {folder}: move it away, or give another --name" * later
+
     def rewind(self, step: int) -> int:
         """Drop what was logged after `step` steps, or cut short by a kill: it will come again. → step."""
         for name in ("rollouts.jsonl", "metrics.jsonl") if self.rank == 0 else ():  # the metrics last: the history
@@ -284,10 +296,11 @@ class Run:
         return step
 
     def plan(self, task, tokenizer, verifier, *, steps: int, group: int = 1, updates: int = 1, copies: int = 0,
-             reads: int = 1) -> None:
+             reads: int = 1, taught: int = 1) -> None:
         """--dry_run: a step's arithmetic, the memory it takes, and whether model, data and engine are in order.
 
-        updates: of the optimizer a step; copies: of the weights, beside the policy; reads: of a response in a sequence.
+        updates: of the optimizer a step; copies: of the weights, beside the policy; reads: responses in a sampled
+        sequence; taught: responses in a sequence that a teacher reads.
         """
         args, count = self.args, self.args.batch_size * group
         require(args.sampler == "hf" or importlib.util.find_spec("vllm") is not None,
@@ -297,11 +310,12 @@ class Run:
         N, shape = sum(p.numel() for p in lm.parameters()), lm.config.get_text_config()
         prompt = max(len(chat_ids(tokenizer, p.messages, args.thinking)) for p in task.heldout)
         length, limit = prompt + reads * args.max_tokens, shape.max_position_embeddings
-        require(length <= limit, f"a prompt of {prompt} tokens and {reads} × --max_tokens {args.max_tokens} exceed the "
-                f"model's context of {limit}; lower --max_tokens")
+        most = max(reads, taught)
+        require(prompt + most * args.max_tokens <= limit, f"a prompt of {prompt} tokens and {most} × --max_tokens "
+                f"{args.max_tokens} can exceed the model's context of {limit}; lower --max_tokens")
         S, width = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)), 2 if self.device.type == "cuda" else 4
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        rows, kv = min(args.sampler_rows, count // self.world), 2 * shape.num_key_value_heads * head * width
+        rows, kv = min(max(args.sampler_rows, group), count // self.world), 2 * shape.num_key_value_heads * head * width
         layers = [m for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not lm.get_output_embeddings()]
         n = sum(args.lora_rank * (m.in_features + m.out_features) for m in layers) if args.lora_rank else N
         adam, base = {"fp32": 8, "bf16": 4, "offload": 0}[args.optimizer_state], width if args.lora_rank else 0

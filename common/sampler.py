@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from common import require
+from kernels.draw import draw
 
 
 @dataclass
@@ -41,6 +43,11 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking:
     """Token ids of a chat that the model is to answer. The same call makes the student's and the teacher's prompt."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking,
                                          tokenize=True, return_dict=False)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """What a chat template wrote of the response: thoughts that it opened belong to the text that verifiers read."""
+    return "<think>" if tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>") else ""
 
 
 def make_sampler(args, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> HFSampler | VLLMSampler:
@@ -65,7 +72,7 @@ def check_lengths(prompts: Sequence[list[int]], max_tokens: int, context: int) -
 
 class HFSampler:
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, rows: int = 128):
-        """rows: how many rollouts decode at a time; the KV cache of that many must fit."""
+        """rows: how many rollouts decode at a time (those of one prompt always do); their KV cache must fit."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
         self.tokenizer, self.device, self.rows = tokenizer, device, rows
@@ -105,6 +112,7 @@ class HFSampler:
             for row, text in enumerate(self.tokenizer.batch_decode(ids, skip_special_tokens=True)):
                 i = part[row // n]
                 finish = "stop" if ids[row][-1] in self.ends else "length"
+                text = opening(self.tokenizer, prompts[i]) + text
                 groups[i].append(Rollout(prompts[i], ids[row], logps[row], finish, text))
         return groups
 
@@ -150,30 +158,6 @@ class HFSampler:
         return cut(tokens), cut(logps)
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits [B, V] by inversion of its cumulative distribution at uniform [B] in [0, 1).
-
-    → token [B] and its log-probability [B] in the distribution drawn from (after temperature, top-k and top-p).
-
-    >>> draw(torch.tensor([[0.0, 0.0]]), torch.tensor([0.6]), 1.0, 1.0, 0)
-    (tensor([1]), tensor([-0.6931]))
-    """
-    if temperature == 0:
-        return logits.argmax(-1), torch.zeros_like(logits[:, 0])
-    logp = (logits / temperature).log_softmax(-1)
-    if top_k > 0:
-        logp = logp.masked_fill(logp < logp.topk(min(top_k, logp.shape[-1])).values[:, -1:], -torch.inf).log_softmax(-1)
-    if top_p < 1:
-        ranked, order = logp.sort(-1, descending=True)
-        before = ranked.exp().cumsum(-1) - ranked.exp()  # mass of the likelier tokens; the first is always kept
-        logp = logp.scatter(-1, order, ranked.masked_fill(before >= top_p, -torch.inf)).log_softmax(-1)
-    mass = logp.exp().cumsum(-1)
-    total = mass[:, -1]
-    target = torch.minimum(uniform.to(mass.dtype) * total, total.nextafter(torch.zeros_like(total)))  # below the end
-    token = torch.searchsorted(mass, target[:, None], right=True)  # the first with mass > target: its p is positive
-    return token[:, 0], logp.gather(-1, token)[:, 0]
-
-
 class GrowingLayer(DynamicLayer):
     """The KV cache of a layer in a buffer with room to grow: a new token costs its own size, not a copy of the past."""
 
@@ -206,15 +190,16 @@ class VLLMSampler:
         except ImportError:
             raise SystemExit("error: --sampler vllm: vLLM is not installed; pip install -r requirements-vllm.txt "
                              "(CUDA) or requirements-vllm-cpu.txt, or take --sampler hf") from None
-        config = AutoConfig.from_pretrained(path)
-        self.context = config.get_text_config().max_position_embeddings
-        self.ends = end_tokens(GenerationConfig.from_pretrained(path).eos_token_id, tokenizer)
         self.tokenizer, self.cuda, self.asleep = tokenizer, device.type == "cuda", False
+        self.sharing = dist.new_subgroups(tensor_parallel)[0] if tensor_parallel > 1 else None  # ranks of one engine
         self.llm = LLM(
             model=path, dtype=dtype or ("bfloat16" if self.cuda else "float32"), tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher" if "WORLD_SIZE" in os.environ else None,
             seed=int(os.environ.get("RANK", 0)) // tensor_parallel, logprobs_mode="processed_logprobs",
-            max_num_seqs=rows, gpu_memory_utilization=memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda)
+            max_num_seqs=rows, gpu_memory_utilization=memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
+            max_model_len=-1)  # as much of the model's context as the KV cache has room for
+        self.context = self.llm.model_config.max_model_len
+        self.ends = end_tokens(self.llm.model_config.try_get_generation_config().get("eos_token_id"), tokenizer)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take new weights in place, one tensor at a time. Every rank calls, and none holds the whole model twice."""
@@ -244,14 +229,19 @@ class VLLMSampler:
         from vllm import SamplingParams
 
         check_lengths(prompts, max_tokens, self.context)
+        asked, place = [(list(prompts), list(keys))], 0
+        if self.sharing:  # the ranks of an engine must ask it for the same, and each takes its own part
+            asked, place = asked * dist.get_world_size(self.sharing), dist.get_rank(self.sharing)
+            dist.all_gather_object(asked, asked[0], group=self.sharing)
         params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens,
                                  stop_token_ids=self.ends, logprobs=0, detokenize=False,
-                                 seed=zlib.crc32(repr((*seed, key)).encode())) for key in keys]
-        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return [[self.rollout(prompt, sample) for sample in out.outputs] for prompt, out in zip(prompts, outputs)]
+                                 seed=zlib.crc32(repr((*seed, key)).encode())) for _, each in asked for key in each]
+        given = [{"prompt_token_ids": p} for each, _ in asked for p in each]
+        mine = self.llm.generate(given, params, use_tqdm=False)[sum(len(each) for each, _ in asked[:place]) :]
+        return [[self.rollout(prompt, sample) for sample in out.outputs] for prompt, out in zip(prompts, mine)]
 
     def rollout(self, prompt: list[int], sample) -> Rollout:
         ids = list(sample.token_ids)
         logprobs = [entry[token].logprob for entry, token in zip(sample.logprobs, ids)]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = opening(self.tokenizer, prompt) + self.tokenizer.decode(ids, skip_special_tokens=True)
         return Rollout(prompt, ids, logprobs, "stop" if ids[-1] in self.ends else "length", text)

@@ -101,7 +101,8 @@ def confined(role: str, *, unsafe: bool = False, seconds: int = 10**6) -> Child:
     # the limit on processes counts those of a user: it needs a user namespace, or for root a uid that nobody else has
     uid = 0 if unsafe or os.geteuid() else 10**6 + random.SystemRandom().randrange(10**9)
     start = START + f"main({role!r}, {seconds}, {uid}, {unsafe})"
-    command = [*([] if unsafe else bubblewrap()), PYTHON, "-I", "-S", "-X", "utf8", "-c", start]
+    command = [*([] if unsafe else bubblewrap()), PYTHON, "-I", "-S", "-X", "utf8", "-X", "int_max_str_digits=0",
+               "-c", start]
     folder = tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) if unsafe else None
     child = Child(command, folder, env={}, cwd=folder.name if folder else "/")
     try:

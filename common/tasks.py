@@ -51,7 +51,8 @@ class Task:
 
 def load_task(spec: str, *, heldout: int, fields: str = "", instruction: str | None = None, data_dir: str = "",
               against: str = "") -> Task:
-    """Load `spec` and set `heldout` problems aside for evaluation, out of the set's own test split where it has one.
+    """Load `spec` and set `heldout` problems aside for evaluation, out of the set's own test split where it has one (or
+    all of it, where it has fewer).
 
     fields: "question=prompt,answer=gold,…" maps the names used here (question, answer, solution, system) to the data's.
     instruction: text that is added to every maths question; None takes INSTRUCTION.
@@ -61,14 +62,15 @@ def load_task(spec: str, *, heldout: int, fields: str = "", instruction: str | N
     Raises: SystemExit with one line that names the file, the line and the field, where a record is malformed.
     """
     parts, options = mixture(spec), dict(fields=fields, instruction=instruction, data_dir=data_dir)
-    trains, tests = [], []
+    trains, tests, notes = [], [], []
     for weight, name in parts:
         count = round(heldout * weight / sum(w for w, _ in parts))
         train = in_hash_order(load_problems(name, "train", heldout=count, **options))
         own = "train" in SETS.get(name.partition("/")[0], ("", "", ""))[2]  # it has a test split beside
         test = in_hash_order(load_problems(name, "test", **options)) if own else train
-        require(len(test) >= count + (not own), f"--task {name}: {len(test)} different problems, but {count} are to be "
-                "held out; lower --heldout or give more data")
+        require(own or len(test) > count, f"--task {name}: {len(test)} different problems, but {count} are to be held "
+                "out; lower --heldout or give more data")
+        notes += [f"{name}: its test split has {len(test)} problems, not {count}"] if len(test) < count else []
         tests += test[:count]
         trains.append(train if own else train[count:])
     evaluation = {"the held-out problems": tests}
@@ -76,8 +78,8 @@ def load_task(spec: str, *, heldout: int, fields: str = "", instruction: str | N
     asked = {question(p) for problems in evaluation.values() for p in problems}
     kept = [[p for p in train if question(p) not in asked] for train in trains]
     everything = [p for train in kept for p in train]
-    notes = [f"{len(shared)} of {len(everything)} training questions share 13 words in a row with {name}"
-             for name, problems in evaluation.items() if (shared := overlap(everything, problems))]
+    notes += [f"{len(shared)} of {len(everything)} training questions share 13 words in a row with {name}"
+              for name, problems in evaluation.items() if (shared := overlap(everything, problems))]
     if removed := sum(map(len, trains)) - len(everything):
         notes.append(f"{removed} training questions were removed, for they stand in an evaluation set")
     return Task(blend([weight for weight, _ in parts], kept), tests, tuple(notes))
@@ -301,7 +303,7 @@ def as_problem(record: dict, where: str, fields: str, instruction: str | None) -
     if code:
         try:
             user, solution, meta = code(record, text)
-        except (KeyError, ValueError, TypeError, SyntaxError, IndexError, zlib.error) as error:
+        except (LookupError, AttributeError, StopIteration, ValueError, TypeError, SyntaxError, zlib.error) as error:
             raise SystemExit(f"error: {where}: its tests cannot be read ({type(error).__name__}: {error})") from None
         user, answer = f"{user}\n\n{CODE_INSTRUCTION}", None
     elif kind == "math":

@@ -128,9 +128,9 @@ def judge_math(problem: Problem, text: str) -> Verdict:
 def compare_math(gold: str, text: str) -> tuple[str, bool]:
     """→ (the answer found in `text`, whether it equals `gold`). Raises BadProblem where the gold cannot be read.
 
-    The answer is the last \\boxed{}, or else what follows the last ####, or else what follows the last "answer is". The
-    last number of a text that announces no answer is none: cut-off responses would be right by chance. So is the first
-    number after "answer", math-verify's rule: in 'the answer to "Is 58 or 28 larger?" is 28' it reads 58.
+    The answer is the last \\boxed{}, or else what follows the last ####, or else what stands right after the last
+    "answer is". The last number of a text that announces no answer is none: cut-off responses would be right by chance.
+    So is the first number after "answer", math-verify's rule: in 'the answer to "Is 58 or 28 more?" is 28' it reads 58.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -141,14 +141,30 @@ def compare_math(gold: str, text: str) -> tuple[str, bool]:
     expected = read(f"${last_boxed(gold) or gold.strip(' $')}$", True)
     if not expected:
         raise BadProblem(f"the reference answer {gold!r} is not mathematics that math-verify can read")
-    boxed, (_, marked, line) = last_boxed(text), text.rpartition("####")
-    answer = f"${boxed}$" if boxed is not None else line.partition("\n")[0] if marked else None
-    said = re.split(r"(?i)\banswer\s*(?:is\b|:|=)", text[-MAX_ANSWER:])[:0:-1]  # the last first
-    tries = [read(answer, True)] if answer is not None else (read(f"answer is {part}", False) for part in said)
+    boxed, (_, marked, rest) = last_boxed(text), text.rpartition("####")
+    line, heading = rest.strip().partition("\n")[0], re.match(r"\s*[A-Za-z]|.*[A-Za-z]{3}.*\n\s*\S", rest)
+    answer = f"${boxed}$" if boxed is not None else line if marked and not heading else None
+    said = map(announced, re.split(r"(?i)\banswer\s*(?:is\b|:|=)", text[-MAX_ANSWER:])[:0:-1])  # the last first
+    tries = [read(answer, True)] if answer is not None else (read(f"answer is {part}", False) for part in said if part)
     found = next(filter(None, tries), [])
     if not found:
         return "", False
     return str(found[-1])[:100], verify(expected, found, timeout_seconds=None)  # the gold goes first: not symmetric
+
+
+FILLER = r"(?:[\s:=,]|\b(?:is|the number|that|thus|therefore|now|actually|indeed|simply|exactly|only|just|equal to)\b)*"
+
+
+def announced(part: str) -> str:
+    """What follows "answer is", where an expression stands at its beginning and is no choice of several; else "".
+
+    >>> [announced(x) for x in (" **28**, which", " the sum of 5 and 3, that is 8", " 5, 6 or 7", ": 4+24=28.")]
+    ['28, which', '', '', '28.']
+    """
+    part = re.sub(r"<<.*?>>|\*\*(?!\w)|(?<!\w)\*\*|[`\"“”]|\\(?=\$)", "", part.replace("−", "-"))
+    part = re.sub(r"^[\d\s.,+*/×÷()-]+=(?=\s*\$?-?\d)", "", part[re.match(FILLER, part, re.I).end() :]).strip()
+    choice = re.match(r"\W*[\d.,/]+\W*(?:[\d.,/]+\W+)*(?:or|to)\b\W*\d", part)
+    return "" if choice or re.match(r"(?!sqrt|pi\b|log|ln\b|sin|cos|tan|exp)[A-Za-z]{2}", part) else part
 
 
 def judge_choice(problem: Problem, text: str) -> Verdict:
@@ -172,8 +188,8 @@ def judge_tool(problem: Problem, text: str) -> Verdict:
             calls.append(tool_call(match[1].strip(), json.JSONDecoder().raw_decode(text, match.end())[0]))
         except (ValueError, RecursionError):
             return Verdict(0.0, f"The Action Input of {match[1].strip()[:100]} is not JSON.")
-    if not calls:
-        return Verdict(0.0, "There is no Action with an Action Input.")
+    if not calls or len(calls) < len(re.findall(r"^Action:", text, re.MULTILINE)):
+        return Verdict(0.0, "There is no Action, or one without its Action Input.")
     return Verdict(1.0) if sorted(calls) == sorted(right) else Verdict(0.0, f"Wrong calls: {'; '.join(calls)[:500]}")
 
 
@@ -210,6 +226,8 @@ MAX_ANSWER = 2000  # characters in which an answer to a maths problem is looked 
 MAX_FAILURES = 2  # failing cases in feedback
 JUDGES = {"chain": judge_chain, "math": judge_math, "choice": judge_choice, "tool": judge_tool, "gym": judge_gym}
 IN_PROCESS = {"chain", "choice", "tool"}  # cannot hang: one pass over the text, and integers of nine digits
+EVALUATED = {"binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication",
+             "puzzle24", "simple_integration", "spiral_matrix", "string_insertion"}  # as Python, by their scorers
 LIBRARIES = {"math": "math_verify", "gym": "reasoning_gym"}
 
 
@@ -236,6 +254,10 @@ class Verifier:
         """Raise SystemExit now where it would be raised later: no sandbox for code, a reference that cannot be read."""
         if not self.unsafe and any(p.verifier == "code" for p in problems):
             bubblewrap()
+        risky = EVALUATED.intersection(p.meta["gym"] for p in problems if p.verifier == "gym" and not self.unsafe)
+        if risky:
+            raise SystemExit(f"error: reasoning-gym's scorer of {min(risky)} runs answers as Python, with your rights; "
+                             "--allow_unsafe_exec if you accept that")
         calls = [p for p in problems if p.verifier == "tool"]
         self(calls, [""] * len(calls))
         golds = [p for p in problems if p.verifier == "math"]

@@ -1,4 +1,5 @@
 """Ranks without torchrun: forks of a server that has imported everything once, so that starting them costs little."""
+import importlib
 import multiprocessing
 import os
 import socket
@@ -24,6 +25,11 @@ def free_port() -> int:
 
 def run_grpo(argv: list[str]) -> None:
     grpo.main(parse(grpo.Args, grpo.presets, argv))
+
+
+def run_file(name: str, argv: list[str]) -> None:
+    module = importlib.import_module(name)
+    module.main(parse(module.Args, module.presets, argv))
 
 
 def launch(world: int, log: Path, function, *args, local_world: int = 0) -> list:

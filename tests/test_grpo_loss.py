@@ -149,7 +149,9 @@ def test_advantages_of_equal_rewards_that_rounding_could_split():
 @settings(deadline=None)
 def test_overlong_punishment_is_the_papers_three_pieces(length):
     args = grpo.Args(max_tokens=20480, overlong_cache=4096)
-    got = grpo.shaped_rewards(torch.zeros(1), torch.tensor([length]), args).item()
+    got = grpo.shaped_rewards(torch.ones(1), torch.tensor([length]), args).item() - 1  # a right one has a reward of 1
+    wrong = grpo.shaped_rewards(torch.zeros(1), torch.tensor([length]), args).item() + 1  # a wrong one of −1
+    assert wrong == pytest.approx(got, abs=1e-6)
     if length <= 16384:
         assert got == 0
     elif length <= 20480:

@@ -3,13 +3,14 @@ import itertools
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import CHAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_run import assert_same_run, metrics
+from test_run import assert_same_run, metrics, teacher_gaps
 
 import hsd
 from common.run import parse
@@ -29,7 +30,7 @@ def make_batch(seed: int, responses: int = 6):
     normal = lambda *shape: torch.randn(*shape, generator=g, **f64)
     b = dict(lengths=lengths, hidden=normal(T, D), weight=normal(V, D), A=normal(responses), ref=0.3 * normal(T),
              targets=torch.randint(0, V, (T,), generator=g), teacher_hidden=normal(T, D), teacher_weight=normal(V, D),
-             kept=torch.rand(responses, generator=g) < 0.7)
+             kept=torch.rand(responses, generator=g) < 0.7, signal=torch.rand(responses, generator=g) < 0.8)
     b["kept"][0] = True
     return b
 
@@ -55,6 +56,7 @@ def brute_force(b, args: hsd.Args):
                 else:
                     m = ((p + q) / 2).log()
                     L = L + 0.5 * q * (logq[u, v] - m) + 0.5 * p * (logp[u, v] - m)
+            L = L if b["signal"][i] else 0 * L  # without a context: GRPO's share and Ω alone
             y = b["targets"][u]
             if args.grpo_mix:
                 rho = torch.exp(logp[u, y] - float(logp[u, y].detach()))
@@ -72,7 +74,7 @@ def ours(b, args: hsd.Args):
     each = lambda x: x.double().repeat_interleave(b["lengths"])
     w = hsd.token_weights(b["lengths"][None].double(), b["kept"][None])[0]
     logp = torch.log_softmax(b["hidden"] @ b["weight"].T / args.temperature, -1).gather(1, b["targets"][:, None])[:, 0]
-    batch = hsd.Tokens(weight=each(w), advantage=each(b["A"]), sampler_logp=logp,
+    batch = hsd.Tokens(weight=each(w), advantage=each(b["A"]), signal=each(b["signal"]), sampler_logp=logp,
                        ref_logp=logp + b["ref"] if args.beta else None)
     total, _ = head_loss(lambda s, c: hsd.loss(s, c, args), hidden, weight, b["targets"], batch, b["teacher_hidden"],
                              b["teacher_weight"], divergence=hsd.divergence(args), temperature=args.temperature)
@@ -96,7 +98,7 @@ def test_the_gradient_on_the_students_logits_is_student_minus_teacher():
     z = torch.randn(5, V, generator=g, requires_grad=True, **f64)
     teacher = torch.randn(5, V, generator=g, **f64)
     one = torch.eye(V, **f64)
-    batch = hsd.Tokens(torch.ones(5, **f64), torch.zeros(5, **f64), torch.zeros(5, **f64), None)
+    batch = hsd.Tokens(torch.ones(5, **f64), torch.zeros(5, **f64), torch.ones(5, **f64), torch.zeros(5, **f64), None)
     total, _ = head_loss(lambda s, c: hsd.loss(s, c, hsd.Args(beta=0.0)), z, one, torch.zeros(5, dtype=torch.long), batch,
                          teacher, one, divergence=hsd.divergence(hsd.Args()))
     total.backward()
@@ -194,7 +196,7 @@ def test_equation_12_by_simulation_and_its_maximum():
 
 
 def test_the_papers_table_2_does_not_follow_from_its_formula():
-    """p* = 1 − G^{−1/(G−1)} and f* rise with G by Eq. 12; the paper prints f* = .422 .344 .272 .214 .167, falling."""
+    """f* rises with G by Eq. 12 (and p* = 1 − G^{−1/(G−1)} falls); the paper prints f* = .422 .344 .272 .214 .167, falling."""
     for G, printed in ((4, 0.422), (8, 0.344), (16, 0.272), (32, 0.214), (64, 0.167)):
         best = hsd.coverage(torch.linspace(0, 1, 100_001, **f64), G)
         p_star = 1 - G ** (-1 / (G - 1))
@@ -267,12 +269,15 @@ def test_a_resume_includes_the_teacher_bitwise(flags, tmp_path):
     run(tmp_path, "--steps", "3", "--name", "parts", *flags)
     run(tmp_path, "--steps", "4", "--name", "parts", "--resume", "auto", *flags)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
+    if "live" not in flags:  # a snapshot is made after steps 2 and 4
+        from_start, from_student = teacher_gaps(tmp_path / "parts", 3)
+        assert from_start > 0 and from_student > 0
 
 
 def test_a_run_measures_where_the_credit_is(tmp_path):
     run(tmp_path, "--steps", "2", "--name", "r")
     row = metrics(tmp_path / "r")[0]
-    assert {"tau", "mass/w8", "mass50/w8", "coverage/measured", "coverage/eq12", "shift/peer", "context/peer", "kl",
+    assert {"tau", "mass/w8", "mass50/w8", "coverage", "shift/peer", "context/peer", "kl",
             "credit/at_tau", "credit/before_tau", "teacher/entropy"} <= row.keys()
     assert row["mass50/w8"] >= row["mass/w8"] and row["credit/at_tau"] > row["credit/before_tau"]
 
@@ -282,6 +287,46 @@ def test_a_run_measures_where_the_credit_is(tmp_path):
 def test_every_arm_trains_from_one_command(flags, tmp_path):
     run(tmp_path, "--steps", "2", "--name", "arm", *flags)
     assert metrics(tmp_path / "arm")[1]["grad_norm"] > 0
+
+
+def test_credit_is_measured_for_the_right_rollouts():
+    """One group of five, one success: what its siblings saw is a peer, it saw the answer; rewards between 0 and 1 are
+    failures; the bins are the group's pass rate."""
+    for rewards, bin in (([1, 0, 0.5, 0, 0], "medium"), ([1, 1, 1, 0, 0], "easy"), ([1, 0, 0, 0, 0, 0], "hard")):
+        group = group_of(rewards)
+        for i, o in enumerate(group.rollouts):
+            o.response_ids[:] = [7, 7] if rewards[i] == 1 else [7, 8]  # τ = 1
+        peers = [None if i == 0 and rewards.count(1) == 1 else 1 if i == 0 else 0 for i in range(len(rewards))]
+        credit = {i: torch.tensor([0.5, -2.0 - i]) for i in range(len(rewards))}
+        found = hsd.where_credit_is([group], peers, credit)
+        failed = [i for i, r in enumerate(rewards) if r < 1]
+        assert found["credit/at_tau"] == found[f"peak/{bin}"] == [2.0 + i for i in failed] and set(found["tau"]) == {1}
+        assert found["coverage"] == [len(failed) / len(rewards)]
+        alone = [0] if peers[0] is None else []
+        assert found["shift/answer"] == [1.25 for _ in alone]
+        assert found["shift/peer"] == [(0.5 + 2 + i) / 2 for i in range(len(rewards)) if i not in alone]
+    none = hsd.where_credit_is([group_of([0.5, 0, 0])], [None] * 3, {})
+    assert none["coverage"] == [0] and not none["tau"]
+
+
+def test_rollouts_without_a_context_are_masked_and_keep_grpos_share(tmp_path, monkeypatch):
+    """As with code, whose questions have no answer to show: a group that fails as a whole, or a lone success."""
+    shown = hsd.context
+    monkeypatch.setattr(hsd, "context", lambda problem, peer, args: shown(replace(problem, answer=None), peer, args))
+    run(tmp_path, "--steps", "2", "--name", "masked", "--batch_size", "8")
+    run(tmp_path, "--steps", "2", "--name", "mixed", "--batch_size", "8", "--context", "answer", "--grpo_mix", "0.5")
+    masked, mixed = (metrics(tmp_path / name)[0] for name in ("masked", "mixed"))
+    assert 0 < masked["context/none"] < 1 and masked["grad_norm"] > 0 and masked["kl"] > 0
+    assert mixed["context/none"] == 1 and mixed["grad_norm"] > 0 and "kl" not in mixed
+
+
+def test_only_failures_train_where_that_is_asked(tmp_path, monkeypatch):
+    seen = []
+    made = hsd.token_weights
+    monkeypatch.setattr(hsd, "token_weights", lambda lengths, kept: (seen.append(kept.clone()), made(lengths, kept))[1])
+    run(tmp_path, "--steps", "1", "--name", "failed", "--train_on", "failed")
+    row = metrics(tmp_path / "failed")[0]
+    assert 0 < row["reward/mean"] < 1 and seen[0].float().mean().item() == pytest.approx(1 - row["reward/mean"])
 
 
 def test_a_peer_that_does_not_fit_is_an_error_or_a_counted_fallback(tmp_path, monkeypatch):

@@ -3,11 +3,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import CHAIN, ROOT
-from ranks import finish, free_port, launch, run_grpo
+from ranks import finish, free_port, launch, run_file, run_grpo
 from test_run import metrics, weights
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +39,28 @@ def test_1_2_and_4_ranks_reach_the_same_weights_after_5_steps(tmp_path):
                                                                          for r in metrics(tmp_path / other)]
     start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
     assert max((one[n] - start[n]).abs().max() for n in one) > 3e-4
+
+
+FILES = {
+    "rlsd": ["--steps", "3", "--teacher_every", "2"], "sdpo": ["--steps", "3"],
+    "hsd": ["--steps", "3", "--teacher", "ema", "--beta", "0.01", "--grpo_mix", "0.2"],
+    "sdzero": ["--srt_questions", "16", "--collect_batch", "6", "--kept_traces", "24", "--srt_batch", "8", "--sd_questions", "16",
+               "--batch_size", "8", "--max_tokens", "96"],
+}
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_every_file_does_in_two_processes_what_it_does_in_one(name, tmp_path):
+    small = SMALL if name != "sdzero" else ["--demo", "--model", CHAIN, "--heldout", "3"]
+    for world in (1, 2):
+        flags = [*small, *FILES[name], "--out", str(tmp_path), "--name", str(world)]
+        finish(launch(world, tmp_path / "log", run_file, name, flags), tmp_path / "log")
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    assert [r.get("reward/mean") for r in one] == [r.get("reward/mean") for r in two] and len(one) >= 4
+    last = len(one) - 1
+    assert_close(weights(tmp_path / "1", last), weights(tmp_path / "2", last), 2e-5)
+    if name == "sdzero":  # the same traces in the same order, so the same are kept
+        assert (tmp_path / "1" / "traces.jsonl").read_bytes() == (tmp_path / "2" / "traces.jsonl").read_bytes()
 
 
 def test_two_torchrun_launchers_on_two_nodes_train_one_model(tmp_path):

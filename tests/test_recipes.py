@@ -133,7 +133,7 @@ def module_parameters():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--model", "no-such/model"], "neither a folder nor a model on the hub"),
+    (["--model", "no-such/model"], "no folder, nor on the hub"),
     (["--task", "jsonl:/nowhere.jsonl"], "no such file"),
     (["--sampler", "vllm"], "vLLM is not installed"),
     (["--max_tokens", "1000"], "exceed the model's context of 1024; lower --max_tokens"),

@@ -7,7 +7,7 @@ import torch
 from conftest import CHAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_run import assert_same_run, metrics
+from test_run import assert_same_run, metrics, teacher_gaps
 
 import grpo
 import rlsd
@@ -58,7 +58,7 @@ def brute_force(b, args: rlsd.Args, lam: float, updates_before: bool):
 
 def ours(b, args: rlsd.Args, lam: float, updates_before: bool):
     hidden, weight = b["hidden"].clone().requires_grad_(), b["weight"].clone().requires_grad_()
-    w = rlsd.token_weights(b["lengths"][None].double(), torch.ones(1, len(b["lengths"])), args)[0]
+    w = rlsd.token_weights(b["lengths"][None].double(), args)[0]
     each = lambda x: x.double().repeat_interleave(b["lengths"])
     batch = rlsd.Tokens(advantage=each(b["A"]), weight=each(w), sampler_logp=b["base"] + b["sampler"],
                         old_logp=b["base"] + b["old"] if updates_before else None,
@@ -203,6 +203,9 @@ def test_a_resume_includes_the_teacher_bitwise(flags, tmp_path):
     run(tmp_path, "--steps", "3", "--name", "parts", *flags)
     run(tmp_path, "--steps", "6", "--name", "parts", "--resume", "auto", *flags)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
+    for step in (3, 6):  # a snapshot is made after steps 2, 4 and 6
+        from_start, from_student = teacher_gaps(tmp_path / "parts", step)
+        assert from_start > 0 and (from_student == 0) == (step == 6 and not flags)
     row = metrics(tmp_path / "whole")[1]
     assert {"w/mean", "w/clip_high", "w/clip_low", "delta/right", "delta/wrong", "nll", "leak/rate", "lam"} <= row.keys()
 

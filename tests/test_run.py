@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 import torch
 from conftest import CHAIN, ROOT, torchrun
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
@@ -31,6 +33,16 @@ def metrics(folder) -> list[dict]:
 
 def weights(folder, step: int) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / f"step_{step:06d}").state_dict()
+
+
+def teacher_gaps(folder, step: int) -> tuple[float, float]:
+    """The largest distance of a checkpoint's teacher from the embedded model, and from the checkpoint's student."""
+    with tempfile.TemporaryDirectory() as place:
+        dcp_to_torch_save(folder / "checkpoints" / f"step_{step:06d}" / "state", f"{place}/state.pt")
+        teacher = torch.load(f"{place}/state.pt", weights_only=False)["teacher"]
+    start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
+    far = lambda other: max((teacher[f"lm.{n}"] - w).abs().max().item() for n, w in other.items() if f"lm.{n}" in teacher)
+    return far(start), far(weights(folder, step))
 
 
 def assert_same_run(a, b, step: int) -> None:

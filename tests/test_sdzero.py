@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -127,6 +128,11 @@ def test_only_verified_revisions_enter_within_the_caps(rows, kept, wrong_share, 
     wrong = sum(t.r == 0 for t in chosen)
     if 0 < wrong_share < 1 and chosen:
         assert len(chosen) - wrong <= round(wrong * (1 - wrong_share) / wrong_share)
+    if all(n == 1 for n in Counter(q for q, _, right, _ in rows if right).values()):  # nothing to cap or to drop
+        passed = [r for _, r, right, _ in rows if right]
+        assert wrong == min(passed.count(0), round(kept * wrong_share))
+        if wrong_share == 0:
+            assert len(chosen) == min(passed.count(1), kept)
 
 
 def test_the_mix_is_even_where_there_is_enough():
@@ -258,12 +264,57 @@ def test_baselines_train_on_their_own_data(baseline, tmp_path):
 
 
 def test_phase_2_alone_starts_from_the_model_as_it_is(tmp_path):
-    run(tmp_path, "--name", "sd", "--phase", "sd")
-    assert all(row["phase"] == 2 for row in metrics(tmp_path / "sd")[:-1])
+    """At a learning rate of 0 every weight stays; at the demo's the teacher is still the start."""
+    from transformers import AutoModelForCausalLM
+
+    run(tmp_path, "--name", "sd", "--phase", "sd", "--lr", "0")
+    assert [row["phase"] for row in metrics(tmp_path / "sd")[:-1]] == [2, 2, 2]
+    start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
+    assert all(torch.equal(w, start[name]) for name, w in weights(tmp_path / "sd", 3).items())
+
+
+def test_phase_1_alone_keeps_no_teacher(tmp_path):
+    run(tmp_path, "--name", "srt", "--phase", "srt")
+    kept = next((tmp_path / "srt" / "checkpoints").glob("step_*")) / "state" / ".metadata"
+    assert b"policy." in kept.read_bytes() and b"teacher." not in kept.read_bytes()
+
+
+def test_the_phases_share_no_question_of_a_mixture_either(tmp_path):
+    """A mixture comes part by part and repeats its smaller parts; both phases see all parts, and never the same question."""
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"question": f"Compute {a}+{b}.", "answer": str(a + b)}) + "\n"
+                             for a in range(10, 16) for b in range(20, 30)))
+    run(tmp_path, "--name", "mixed", "--task", f"1*chain:3+1*jsonl:{short}", "--heldout", "4", "--srt_questions", "40",
+        "--sd_questions", "48")
+    lines = (tmp_path / "mixed" / "traces.jsonl").read_text().splitlines()
+    asked = {row["id"] for row in map(json.loads, lines) if "id" in row}
+    later = {row["id"] for row in map(json.loads, (tmp_path / "mixed" / "rollouts.jsonl").read_text().splitlines())}
+    ids = {p.id for p in load_task(f"jsonl:{short}", heldout=0).train}
+    assert not asked & later and asked & ids and asked - ids
+
+
+def test_every_held_out_sample_that_is_asked_for_counts(tmp_path):
+    run(tmp_path, "--name", "many", "--eval_only", "--eval_samples", "3")
+    assert (metrics(tmp_path / "many")[0]["heldout/pass@1"] * 24) % 1 == pytest.approx(0, abs=1e-9)
+    run(tmp_path, "--name", "one", "--eval_only")
+    assert metrics(tmp_path / "many")[0]["heldout/pass@1"] != metrics(tmp_path / "one")[0]["heldout/pass@1"]
+
+
+def test_traces_that_this_runs_questions_are_in_are_refused(whole, tmp_path):
+    for flags in (["--srt_questions", "8"], ["--heldout", "200"]):  # then phase 2 or the held-out set has some of them
+        with pytest.raises(SystemExit, match="of its questions are held out or phase 2's"):
+            run(tmp_path, "--name", "leaky", "--traces", str(whole / "traces.jsonl"), *flags)
+        torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_under_another_name_does_not_collect_anew(whole, tmp_path):
+    with pytest.raises(SystemExit, match="does not hold all the traces"):
+        run(tmp_path, "--name", "other", "--rounds", "2", "--resume", str(whole / "checkpoints" / "step_000001"))
+    torch.distributed.destroy_process_group()
 
 
 def test_no_right_revision_ends_with_advice(tmp_path):
-    with pytest.raises(SystemExit, match=r"no revision passed the verifier.*raise --srt_questions"):
+    with pytest.raises(SystemExit, match=r"no trace is left.* 0 end right and whole.*raise --revisions"):
         run(tmp_path, "--name", "none", "--srt_max_tokens", "2")
     torch.distributed.destroy_process_group()
 
@@ -271,7 +322,8 @@ def test_no_right_revision_ends_with_advice(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--srt_questions", "4000", "--sd_questions", "4000"], "must not share a question"),
     (["--baseline", "rft"], "add --phase srt"), (["--traces", "/nowhere.jsonl"], "no such file"),
-    (["--max_tokens", "900"], "reads a response twice")])
+    (["--max_tokens", "900"], "--max_tokens 900.*read twice"), (["--srt_max_tokens", "900"], "--srt_max_tokens 900.*read twice"),
+    (["--revisions", "0"], "--revisions 0: must lie between 1"), (["--phase", "srt", "--baseline", "rft", "--traces", "t.jsonl"], "leave out --traces")])
 def test_a_mistake_ends_with_one_clear_line(flags, words, tmp_path):
     try:
         with pytest.raises(SystemExit) as error:
