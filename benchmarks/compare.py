@@ -74,8 +74,7 @@ METHODS = {  # 5,120 rollouts each; what is not said is the demo's (the table pr
                    "--kept_traces", "2000"], "--srt_lr"),
     "SD only": Method(["sdzero.py", *ZERO, "--phase", "sd", "--srt_questions", "16", "--sd_questions", "2560", "--rounds",
                        "2", "--batch_size", "64"]),
-    "RFT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--baseline", "rft", "--srt_questions", "1280", "--sd_questions",
-                   "64", "--kept_traces", "2000"], "--srt_lr"),
+    "RFT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--baseline", "rft", "--srt_questions", "1280"], "--srt_lr"),
 }
 FAMILIES = {  # panels of the figures
     "with a verifier's advantage": ("GRPO", "Dr. GRPO", "DAPO, no refill", "RLSD", "GRPO+OPSD"),

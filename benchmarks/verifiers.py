@@ -100,6 +100,11 @@ def rates(verifier: Verifier, args: Args) -> dict:
     for split in ("train", "test"):
         gsm8k = load_problems("gsm8k", split, data_dir=data)
         out[f"gsm8k_{split}"] = maths(verifier, gsm8k, [f"{p.solution}\n#### {p.answer}" for p in gsm8k])
+        out[f"gsm8k_{split}"] |= dict(
+            announced_in_prose=passed(verifier, gsm8k, [f"**The answer is {p.answer}.**" for p in gsm8k]),
+            **{f"near_miss {name}": wrong(verifier, gsm8k, [form.format(p.answer) for p in gsm8k]) for name, form in {
+                "question quoted": 'The answer to "Is {0} or 1{0} larger?" is 1{0}.', "a choice": "The answer is {0} or 1{0}.",
+                "in words": "The answer is the smaller of {0} and 1{0}.", "cut off": "So she has {0}"}.items()})
     for subject in ("biology", "chemistry", "material", "physics"):
         mcq = [p for split in ("train", "test") for p in load_problems(f"sciknoweval/{subject}", split, data_dir=data)]
         out[f"sciknoweval_{subject}"] = dict(
@@ -209,15 +214,14 @@ def leaks(verifier: Verifier, runs: int) -> dict:
 def main(args: Args) -> None:
     verifier = Verifier(args.workers)
     verifier([SHORT] * 8, [f"```\n{PROGRAMS['no import']}\n```"] * 8)
-    result = dict(load_average_at_start=round(os.getloadavg()[0], 2), start_up_ms=start_up(),
-                  throughput=throughput(verifier, args.workers), leaks=leaks(verifier, args.runs),
+    result = dict(start_up_ms=start_up(), throughput=throughput(verifier, args.workers), leaks=leaks(verifier, args.runs),
                   rates=rates(verifier, args))
     verifier.close()
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
     result |= dict(command="python benchmarks/verifiers.py " + " ".join(sys.argv[1:]), commit=commit, cpu=cpu,
-                   processors=os.cpu_count(), kernel=platform.release(), python=platform.python_version(),
+                   processors=os.cpu_count(), python=platform.python_version(),
                    bwrap=subprocess.run(["bwrap", "--version"], capture_output=True, text=True).stdout.strip())
     Path(args.out).mkdir(parents=True, exist_ok=True)
     (Path(args.out) / "rates.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo
-from kernels.head import head_loss, token_stats
+import rlsd
+from kernels.head import TokenStats, head_loss, token_stats
 
 V, D = 11, 5
 
@@ -158,6 +159,32 @@ def test_overlong_punishment_is_the_papers_three_pieces(length):
         assert got == pytest.approx((16384 - length) / 4096, abs=1e-4)
     else:
         assert got == -1
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rlsd"])
+def test_the_share_of_clipped_tokens_is_of_those_without_gradient(name, one_process):
+    """Against autograd: a token counts as clipped where its part of the loss does not move with its log-probability (for
+    CISPO, which keeps that gradient: where its weight is at the bound)."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 4, 2, 5])
+    T, each = 14, lambda x: x.repeat_interleave(lengths)
+    A, log_ratio = each(torch.tensor([1.0, -0.5, 0.7, -2.0])), 0.5 * torch.randn(T, generator=g)
+    old = -torch.rand(T, generator=g)
+    if name == "gspo":  # small enough that some responses are inside
+        log_ratio = each(torch.tensor([0.5, -0.5, 0.1, 0.1])) * 1e-3
+    logp = (old + log_ratio).requires_grad_()
+    stats = TokenStats(*[logp.detach()] * len(TokenStats._fields))._replace(logp=logp)
+    if name == "rlsd":
+        args = rlsd.Args(tis=0.0, dual_clip=1.5)
+        batch = rlsd.Tokens(A, torch.ones(T), old, old, None, None)
+        total, found = rlsd.loss(stats, batch, 0.0, args), rlsd.diagnostics(stats, batch, 0.0, args)["clip_frac"]
+    else:
+        args = grpo.Args(loss=name, tis=0.0, beta=0.0, **{k: v for k, v in grpo.VARIANTS[name].items() if "clip" in k})
+        batch = grpo.Tokens(A, torch.ones(T), old, old, None, torch.arange(4).repeat_interleave(lengths))
+        total, found = grpo.loss(stats, batch, args), grpo.diagnostics(stats, batch, args)["clip_frac"]
+    grad, = torch.autograd.grad(total.sum(), logp)
+    expected = log_ratio.exp() > 1.2 if name == "cispo" else grad == 0
+    assert torch.equal(found.bool(), expected) and 0 < found.mean() < 1
 
 
 @pytest.mark.parametrize("name", list(grpo.VARIANTS))

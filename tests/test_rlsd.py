@@ -1,5 +1,6 @@
 """rlsd.py's formulas against float64 brute force, and the paper's theorems by enumeration."""
 import itertools
+import json
 import math
 
 import pytest
@@ -183,7 +184,7 @@ def test_the_teachers_prompt_is_the_students_with_the_reference_added():
 
 
 @pytest.mark.parametrize("text, leaks", [("2+2=4", False), ("As the reference answer says, 4", True),
-                                         ("the final answer is given as 4", True), ("my answer is 4", False)])
+                                         ("the final answer is given as 4", True), ("my answer is 4", False), ("So the final answer is 42.", False)])
 def test_the_leak_detector(text, leaks):
     assert rlsd.refers_to_a_reference(text) == leaks
 
@@ -208,6 +209,15 @@ def test_a_resume_includes_the_teacher_bitwise(flags, tmp_path):
         assert from_start > 0 and (from_student == 0) == (step == 6 and not flags)
     row = metrics(tmp_path / "whole")[1]
     assert {"w/mean", "w/clip_high", "w/clip_low", "delta/right", "delta/wrong", "nll", "leak/rate", "lam"} <= row.keys()
+
+
+def test_a_problem_without_the_hint_ends_the_run_before_it_samples(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"question": f"Compute {a}+11.", "answer": str(a + 11)}) + "\n" for a in range(10, 40)))
+    with pytest.raises(SystemExit, match="has no solution for the teacher to see"):
+        run(tmp_path, "--task", f"jsonl:{path}", "--hint", "solution", "--name", "none")
+    torch.distributed.destroy_process_group()
+    assert not (tmp_path / "none" / "metrics.jsonl").exists()
 
 
 def test_with_lambda_zero_the_run_is_grpos(tmp_path):

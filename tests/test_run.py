@@ -140,6 +140,39 @@ def finished_run(tmp_path_factory):
     return out
 
 
+def test_going_back_past_later_checkpoints_is_refused_until_they_are_moved(tmp_path):
+    """They would be resumed, or kept in place of the new ones."""
+    run_grpo(tmp_path, "--steps", "2", "--save_every", "1", "--name", "r")
+    folder = tmp_path / "r" / "checkpoints"
+    back = ["--steps", "2", "--name", "r", "--resume", str(folder / "step_000001")]
+    with pytest.raises(SystemExit, match=r"step_000002 is later than .*step_000001"):
+        run_grpo(tmp_path, *back)
+    torch.distributed.destroy_process_group()
+    assert len(metrics(tmp_path / "r")) == 3  # nothing was dropped
+    (folder / "step_000002").rename(tmp_path / "aside")
+    run_grpo(tmp_path, *back)
+    assert (folder / "step_000002").exists() and len(metrics(tmp_path / "r")) == 3
+
+
+@pytest.mark.parametrize("mixed_of_four, rounds, left", [(1, 3, 0.25), (2, 2, 0.0), (4, 1, 0.0), (0, 3, 1.0)])
+def test_dynamic_sampling_refills_up_to_its_rounds_and_then_takes_what_it_has(mixed_of_four, rounds, left, tmp_path, monkeypatch):
+    """Of each four groups that are sampled the first few have mixed rewards."""
+    starts, judged = [], []
+    monkeypatch.setattr(grpo, "take", lambda *args, real=grpo.take: (starts.append(args[2]), real(*args))[1])
+
+    def verdicts(self, problems, texts):
+        if len(texts) == 8:  # the held-out problems
+            return [grpo.Verdict(0.0)] * 8
+        judged.append(len(texts))
+        return [grpo.Verdict(float(i % 4 == 0 and i // 4 < mixed_of_four)) for i in range(len(texts))]
+
+    monkeypatch.setattr(grpo.Verifier, "__call__", verdicts)
+    monkeypatch.setattr(grpo.Verifier, "check", lambda *_: None)
+    run_grpo(tmp_path, "--steps", "1", "--name", "refill", "--dynamic_sampling", "2")
+    row = metrics(tmp_path / "refill")[0]
+    assert len(judged) == rounds and len(set(starts)) == len(starts) == rounds and row["frac_zero_std"] == left
+
+
 def test_a_new_run_does_not_touch_an_old_one(finished_run):
     before = (finished_run / "r" / "metrics.jsonl").read_bytes()
     run_grpo(finished_run, "--steps", "1", "--name", "r")

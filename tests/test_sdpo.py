@@ -8,12 +8,11 @@ import torch
 from conftest import CHAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_run import assert_same_run, metrics
+from test_run import assert_same_run, metrics, teacher_gaps
 
 import sdpo
 from common.policy import blend, full_weights, load_policy
 from common.run import parse
-from common.sampler import Rollout
 from common.tasks import Problem
 from common.verifiers import Verdict
 from kernels.head import token_stats
@@ -172,8 +171,6 @@ def test_a_sibling_is_another_success_or_none(rewards, seed):
             assert not [k for k, r in enumerate(rewards) if r == 1 and k != i]
         else:
             assert j != i and rewards[j] == 1
-    found = sdpo.has_sibling(torch.tensor([rewards, rewards], dtype=torch.float32))
-    assert found == [any(r == 1 and k != i for k, r in enumerate(rewards)) for i in range(len(rewards))] * 2
 
 
 @pytest.mark.parametrize("which, solution, feedback, expected", [
@@ -196,6 +193,8 @@ def test_thoughts_are_cut_from_demonstrations():
     problem = Problem("p", [{"role": "user", "content": "q"}])
     text = sdpo.context(problem, "<think>long\nthought</think>\nanswer 5", None, sdpo.Args())[-1]["content"]
     assert "thought" not in text and "answer 5" in text
+    opened = sdpo.context(problem, "long\nthought</think>\nanswer 5", None, sdpo.Args())[-1]["content"]  # by the template
+    assert "thought" not in opened and "answer 5" in opened
 
 
 def test_an_average_moves_by_one_percent_of_the_student_in_fp32(one_process):
@@ -228,6 +227,8 @@ def test_a_resume_includes_the_teacher_bitwise(flags, tmp_path):
     run(tmp_path, "--steps", "3", "--name", "parts", *flags)
     run(tmp_path, "--steps", "4", "--name", "parts", "--resume", "auto", *flags)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
+    from_start, from_student = teacher_gaps(tmp_path / "parts", 4)
+    assert from_start > 0 and from_student > 0
     row = metrics(tmp_path / "whole")[0]
     assert {"context/solution", "context/feedback", "context/none", "kl/right", "kl/wrong", "teacher/accuracy",
             "teacher/entropy"} <= row.keys()
@@ -267,9 +268,38 @@ def test_test_time_training_leaves_its_discoveries(tmp_path):
     assert (tmp_path / "tt" / "discovery.png").exists()
 
 
-def test_a_rollouts_own_success_is_not_its_demonstration():
-    problem = Problem("p", [{"role": "user", "content": "q"}])
-    group = sdpo.Group(problem, [Rollout([1], [2], [0.0], "stop", "mine"), Rollout([1], [3], [0.0], "stop", "x")],
-                       [Verdict(1.0), Verdict(0.0)])
-    chosen = sdpo.choose_siblings([v.reward for v in group.verdicts], random.Random(0))
-    assert chosen == [None, 0]
+def test_what_a_teacher_is_shown_is_the_text_of_another_right_response(tmp_path, monkeypatch):
+    shown, real = [], sdpo.context
+    monkeypatch.setattr(sdpo, "context", lambda p, solution, *rest: (shown.append((p.id, solution)), real(p, solution, *rest))[1])
+    run(tmp_path, "--steps", "1", "--name", "r")
+    rows = [json.loads(line) for line in (tmp_path / "r" / "rollouts.jsonl").read_text().splitlines()]  # of the first groups
+    demonstrated = 0
+    for k, row in enumerate(rows):
+        others = [r["response"] for j, r in enumerate(rows) if j != k and r["id"] == row["id"] and r["reward"] == 1]
+        assert shown[k][0] == row["id"] and (shown[k][1] in others if others else shown[k][1] is None)
+        demonstrated += bool(others) and row["reward"] < 1
+    assert demonstrated > 0
+
+
+def test_test_time_training_learns_between_rounds_and_forgets_between_problems(tmp_path):
+    """An unsolved problem is learnt on after every round but the last; weights go back before each trial and after all."""
+    did: list[str] = []
+
+    class FakeRun:
+        folder, stopping = tmp_path, False
+        steps = staticmethod(range)
+        due = say = staticmethod(lambda *_: None)
+        log = staticmethod(lambda step, row: did.append(f"log {step}"))
+
+    def judged(problems, n, seed, keys):
+        return [sdpo.Group(p, [None] * n, [Verdict(0.0, f"no {key}")] * n) for p, key in zip(problems, keys)]
+
+    problems = [Problem(str(i), [{"role": "user", "content": "q"}]) for i in range(3)]
+    args = sdpo.Args(group_size=4, budget=12, questions=2, seeds=1)
+    sdpo.discover(args, FakeRun, problems, judged, lambda ps, said, n: judged(ps, 4, (), range(len(ps))),
+                  lambda groups, step, metrics: did.append(f"learn {step} on {len(groups)}"), lambda: did.append("reset"))
+    trial = ["learn 0 on 1", "log {}", "learn 1 on 1", "log {}"]
+    assert did == ["reset", *[x.format(i // 2) for i, x in enumerate(trial)], "reset",
+                   *[x.format(2 + i // 2) for i, x in enumerate(trial)], "reset"]
+    assert json.loads((tmp_path / "discovery.json").read_text())["solved_at"] == {
+        m: [None, None] for m in ("SDPO", "best-of-k", "multi-turn")}

@@ -1,5 +1,6 @@
 """Verdicts: what is right scores 1, near misses score 0, and nothing that a model writes breaks a verifier."""
 import base64
+import inspect
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from test_sandbox import bubblewrap_works
 
 from common.tasks import Problem, as_problem, chain_problem, gym_problems, load_problems
-from common.verifiers import REVISIONS, Verdict, Verifier, final_part, last_boxed, last_program
+from common.verifiers import EVALUATED, REVISIONS, Verdict, Verifier, final_part, last_boxed, last_program
 
 DATA = os.environ.get("SDVR_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="SDVR_DATA does not name a folder with the public sets")
@@ -106,6 +107,14 @@ def test_the_last_closed_block_is_the_program():
 # maths
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("gold, right, wrong", [
+    ("28", ["The answer is **28**.", "**The answer is 28.**", "**Answer: 28**", "The answer is `28`", "the answer is (28)",
+            'The answer is "28"', r"The answer is \$28.", "The answer is 4+24=<<4+24=28>>28.", "The answer is $28 in all",
+            "The answer is:\n\\[\n28\n\\]", "The answer is 28, which is larger than 5.", "#### 28 apples", "the answer is the number 28",
+            "#### Step 5: compute\nThe answer is 28", "The answer is x = 28", "The answer is not known. The answer is 28"],
+     ["Answer: Is 28 or 58 larger? 58.", "The answer is the larger of 28 and 5", "The answer is the sum of 28 and 3",
+      "The answer is 28 or 29", "The answer is 28, 29 or 30", "The answer is between 28 and 30", "The answer is at least 28",
+      "The answer is not 28 but 27.", "#### Step 28: compute", "The answer is 28. Wait, no: the answer is 3"]),
+    ("-5", ["The answer is −5.", "The answer is -5"], ["The answer is 5"]),
     (r"\frac{1}{2}", [r"\boxed{0.5}", r"\boxed{1/2}", r"\boxed{\dfrac12}", r"so $\boxed{\frac{2}{4}}$."],
      [r"\boxed{2}", r"\boxed{-1/2}"]),
     ("1234", ["#### 1,234", r"\boxed{1{,}234}", "The answer is 1234.", "#### 1234\nThat was 3 steps.",
@@ -203,7 +212,8 @@ def test_tool_calls_match_name_by_name_with_their_own_inputs(verifier):
     wrong = [calls(wild), calls(wild, white, white), calls(wild, wild), calls(("find", wild[1]), white),
              calls(("search", '{"color": "wild", "page": 2}'), ("search", '{"color": "white", "page": 1}')),  # swapped
              calls(wild, ("search", '{"page": "2", "color": "white"}')), calls(wild, ("search", "{page: 2}")),
-             calls(wild, ("search", '{"page": 2, "color": "white", "size": ""}')), "Action: search", "", "[" * 10**5]
+             calls(wild, ("search", '{"page": 2, "color": "white", "size": ""}')), "Action: search", "", "[" * 10**5,
+             "Action: rm\n" + calls(wild, white), calls(wild, white) + "\nAction: rm"]
     assert rewards(verifier, problem, *right) == [1] * 3 and rewards(verifier, problem, *wrong) == [0] * len(wrong)
     nested = record(kind="tooluse", prompt="?", answer='[{"Action": "a", "Action_Input": "{\\"x\\": {\\"y\\": {}}}"}]')
     assert rewards(verifier, nested, calls(("a", '{"x": {"y": {}}}')), calls(("a", '{"x": {}}'))) == [1, 0]
@@ -218,6 +228,22 @@ def test_a_generated_task_is_scored_by_its_own_scorer(verifier):
     assert verifier([broken], ["<answer>1</answer>"])[0].feedback.startswith("The check failed (")
     partial = [v.reward for p in problems for v in verifier([p], ["<answer>no number</answer>"])]
     assert all(0 <= r < 1 for r in partial)
+
+
+def test_scorers_that_run_answers_as_python_need_consent():
+    """The names are those of the installed library's scorers that hand an answer to eval or to sympy's parser."""
+    from reasoning_gym.factory import DATASETS
+
+    run = re.compile(r"\b(?:eval|exec|parse_expr)\((?!entry)[^)]*\banswer")
+    found = {name for name, (kind, _) in DATASETS.items() if run.search(inspect.getsource(inspect.getmodule(kind.score_answer)))}
+    assert found == EVALUATED
+    problem = Problem("p", [], verifier="gym", meta={"gym": "countdown", "entry": {}})
+    careful, trusting = Verifier(1), Verifier(1, allow_unsafe_exec=True)
+    with pytest.raises(SystemExit, match=r"scorer of countdown runs answers as Python.*--allow_unsafe_exec"):
+        careful.check([problem])
+    trusting.check([problem])
+    careful.close()
+    trusting.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

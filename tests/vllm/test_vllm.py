@@ -106,6 +106,17 @@ def test_two_processes_each_with_its_engine_train_and_end_cleanly(tmp_path):
     assert len(trained) == 3 and all(row["mismatch/max_abs_dlogp"] < 1e-4 for row in trained)
 
 
+def test_two_processes_that_share_an_engine_train_as_with_one_each(tmp_path):
+    """--tensor_parallel 2: the engine is given both processes' prompts, each takes its own part, and random numbers are
+    the same."""
+    for name, flags in (("each", []), ("shared", ["--tensor_parallel", "2"])):
+        torchrun(2, "grpo.py", *SMALL, *flags, "--steps", "2", "--out", str(tmp_path), "--name", name)
+    each, shared = rows(tmp_path / "each"), rows(tmp_path / "shared")
+    assert [r.get("reward/mean") for r in each] == [r.get("reward/mean") for r in shared]
+    assert [r.get("heldout/pass@1") for r in each] == [r.get("heldout/pass@1") for r in shared]
+    assert all(r["mismatch/max_abs_dlogp"] < 1e-4 for r in shared if "grad_norm" in r)
+
+
 def test_without_vllm_the_error_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit, match=r"requirements-vllm.txt.*or take --sampler hf"):
