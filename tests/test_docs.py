@@ -368,3 +368,4 @@ def test_the_sixth_method_trains(sixth, tmp_path):
     found = [json.loads(line) for line in (tmp_path / "srpo" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["frac_distilled"] < 1 and row["grad_norm"] > 0 for row in found[:2])
     assert any(row.get("heldout/pass@1") is not None for row in found)
+    module.main(parse(module.Args, module.presets, [*GROUPS, "--out", str(tmp_path), "--name", "dry", "--dry_run"]))
