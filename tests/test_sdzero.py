@@ -280,17 +280,20 @@ def test_phase_1_alone_keeps_no_teacher(tmp_path):
 
 
 def test_the_phases_share_no_question_of_a_mixture_either(tmp_path):
-    """A mixture comes part by part and repeats its smaller parts; both phases see all parts, and never the same question."""
-    short = tmp_path / "short.jsonl"
-    short.write_text("".join(json.dumps({"question": f"Compute {a}+{b}.", "answer": str(a + b)}) + "\n"
-                             for a in range(10, 16) for b in range(20, 30)))
-    run(tmp_path, "--name", "mixed", "--task", f"1*chain:3+1*jsonl:{short}", "--heldout", "4", "--srt_questions", "40",
-        "--sd_questions", "48")
+    """A mixture comes part by part and repeats parts of large weight; both phases see all parts, and never the same question."""
+    parts = {}
+    for name, terms in (("two", 1), ("three", 2)):
+        parts[name] = tmp_path / f"{name}.jsonl"
+        sums = [[a, *range(b, b + terms)] for a in range(10, 16) for b in range(20, 30)]
+        parts[name].write_text("".join(json.dumps({"question": f"Compute {'+'.join(map(str, x))}.", "answer": str(sum(x))}) + "\n"
+                                       for x in sums))
+    run(tmp_path, "--name", "mixed", "--task", f"1*jsonl:{parts['two']}+3*jsonl:{parts['three']}", "--heldout", "4",
+        "--srt_questions", "40", "--sd_questions", "48")
     lines = (tmp_path / "mixed" / "traces.jsonl").read_text().splitlines()
     asked = {row["id"] for row in map(json.loads, lines) if "id" in row}
     later = {row["id"] for row in map(json.loads, (tmp_path / "mixed" / "rollouts.jsonl").read_text().splitlines())}
-    ids = {p.id for p in load_task(f"jsonl:{short}", heldout=0).train}
-    assert not asked & later and asked & ids and asked - ids
+    two = {p.id for p in load_task(f"jsonl:{parts['two']}", heldout=0).train}
+    assert not asked & later and asked & two and asked - two and later & two and later - two
 
 
 def test_every_held_out_sample_that_is_asked_for_counts(tmp_path):
