@@ -107,7 +107,7 @@ def test_the_last_closed_block_is_the_program():
 # maths
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("gold, right, wrong", [
-    ("28", ["The answer is **28**.", "**The answer is 28.**", "**Answer: 28**", "The answer is `28`", "the answer is (28)",
+    ("28", ["The answer is **28**.", "**The answer is 28.**", "**Answer: 28**", "The answer is `28`",
             'The answer is "28"', r"The answer is \$28.", "The answer is 4+24=<<4+24=28>>28.", "The answer is $28 in all",
             "The answer is:\n\\[\n28\n\\]", "The answer is 28, which is larger than 5.", "#### 28 apples", "the answer is the number 28",
             "#### Step 5: compute\nThe answer is 28", "The answer is x = 28", "The answer is not known. The answer is 28"],
