@@ -367,13 +367,10 @@ def main(args: Args) -> None:
         updates = -(-args.kept_traces * args.srt_epochs // args.srt_batch) if args.phase != "sd" else 0
         run.say(f"phase 1: {args.srt_questions:,} questions × {args.inits} answers × {args.revisions} revisions, "
                 f"then at most {updates:,} updates on {args.srt_batch} traces; phase 2:")
-        return run.plan(task, tokenizer, verifier, copies=int(args.phase != "srt"), reads=2,
-                        steps=args.rounds * a_round)
+        return run.plan(task, tokenizer, verifier, copies=1, reads=2, steps=args.rounds * a_round)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
-    moving = {}  # what a checkpoint holds beside the policy: the teacher becomes θ_SRT when phase 2 begins
-    if args.phase != "srt":
-        moving["teacher"] = frozen_copy(policy, args.model, run.device)
+    teacher = frozen_copy(policy, args.model, run.device)  # becomes θ_SRT when phase 2 begins
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr)
     sampler = make_sampler(args, tokenizer, run.device)
 
@@ -387,7 +384,7 @@ def main(args: Args) -> None:
         require(not used or length <= sampler.context, f"--{name} {getattr(args, name)}: what is revised or taught is "
                 f"read twice, {length} tokens with its question; the model's context is {sampler.context}")
     run.begin(*task.notes)
-    first_step = run.resume(policy, optimizer, **moving)
+    first_step = run.resume(policy, optimizer, teacher=teacher)
     sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's
 
     def judged(problems: list[Problem], prompts: list[list[int]], n: int, seed: tuple[int, ...], keys, max_tokens: int,
@@ -520,7 +517,6 @@ def main(args: Args) -> None:
 
     def distil(step: int, metrics: dict) -> list[Group]:
         """One step of phase 2 (Eq. 4); step counts from its beginning."""
-        teacher = moving["teacher"]
         if step % a_round == 0:  # θ_SRT at the beginning; with more rounds, the teacher is synced
             blend(teacher, policy, 1.0)
             if step == 0:
@@ -581,7 +577,7 @@ def main(args: Args) -> None:
         run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
                                      feedback=v.feedback) for g in groups[:8] for o, v in zip(g.rollouts, g.verdicts)])
         if run.due(step + 1, updates, last_step):  # at intervals, at the ends, and where SIGTERM asks to stop
-            run.save(step + 1, policy, optimizer, tokenizer, **moving)
+            run.save(step + 1, policy, optimizer, tokenizer, teacher=teacher)
         if run.stopping:
             return run.finish(sampler, verifier)
 

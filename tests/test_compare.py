@@ -21,7 +21,7 @@ def rollouts(method: str) -> int:
     args = parse(algorithm.Args, algorithm.presets, [*flags, compare.METHODS[method].rate, "1e-4"])
     if algorithm.__name__ != "sdzero":
         return args.batch_size * args.group_size * args.steps
-    phase1 = args.srt_questions * args.inits * (1 + args.revisions) if args.phase != "sd" else 0
+    phase1 = args.srt_questions * args.inits * (1 if args.baseline else 1 + args.revisions) if args.phase != "sd" else 0
     phase2 = args.sd_questions // args.batch_size * args.batch_size * args.rounds if args.phase != "srt" else 0
     return phase1 + phase2
 

@@ -273,12 +273,6 @@ def test_phase_2_alone_starts_from_the_model_as_it_is(tmp_path):
     assert all(torch.equal(w, start[name]) for name, w in weights(tmp_path / "sd", 3).items())
 
 
-def test_phase_1_alone_keeps_no_teacher(tmp_path):
-    run(tmp_path, "--name", "srt", "--phase", "srt")
-    kept = next((tmp_path / "srt" / "checkpoints").glob("step_*")) / "state" / ".metadata"
-    assert b"policy." in kept.read_bytes() and b"teacher." not in kept.read_bytes()
-
-
 def test_the_phases_share_no_question_of_a_mixture_either(tmp_path):
     """A mixture comes part by part and repeats parts of large weight; both phases see all parts, and never the same question."""
     parts = {}
