@@ -138,6 +138,9 @@ METHODS |= {
 }
 
 
+WATCHED = ("frac_truncated", "teacher/accuracy", "revise/pass@1")  # kept in runs.json, step by step
+
+
 @dataclass
 class Grid:
     panels: dict[str, tuple[str, ...]]  # of the figures; all names are run
@@ -301,6 +304,7 @@ def main(args: Args) -> None:
             last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
             runs[m].append({"seed": s, **progress(where), **pass_at(where, grid.samples), "entropy": last.get("entropy"),
                             "peak_gib": max(row["peak_gib"] for row in rows),
+                            **{k: [row[k] for row in rows if k in row] for k in WATCHED if any(k in row for row in rows)},
                             **({"self_localisation": localised(where)} if (where / "self_localisation.json").exists() else {})})
     out = ROOT / "results" / "compare" / args.grid
     out.mkdir(parents=True, exist_ok=True)
