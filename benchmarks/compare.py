@@ -211,7 +211,7 @@ def progress(folder: Path) -> dict[str, list[float]]:
             new = row.get("budget/generations", args["batch_size"] * args.get("group_size", 1) if "reward/mean" in row else 0)
             rollouts += new
             tokens += row.get("budget/sampled_tokens", new * row.get("length/mean", 0))
-            seconds += sum(row.get(f"time/{k}", 0) for k in ("sample", "verify", "score", "update", "sync"))
+            seconds += sum(row.get(f"time/{k}", 0) for k in ("collect", "sample", "verify", "score", "update", "sync"))
     return found
 
 
