@@ -560,9 +560,9 @@ def discover(args: Args, run: Run, problems: list[Problem], judged_groups, feedb
         tried: list[Group] = []
         while len(tried) < rounds and first_right(tried) is None:
             if tried:
-                metrics: dict = {"problem": i, "repetition": s}
+                metrics: dict = {}
                 learn(tried[-1:], len(tried) - 1, metrics)
-                run.log(updates, metrics)
+                run.log(updates, metrics, [dict(id=problem.id, repetition=s, round=len(tried))])
                 updates += 1
             tried += judged_groups([problem], G, (args.seed, 5, s, i), range(len(tried), len(tried) + 1))
         found["SDPO"][n] = first_right(tried)

@@ -289,7 +289,7 @@ def test_test_time_training_learns_between_rounds_and_forgets_between_problems(t
         folder, stopping = tmp_path, False
         steps = staticmethod(range)
         due = say = staticmethod(lambda *_: None)
-        log = staticmethod(lambda step, row: did.append(f"log {step}"))
+        log = staticmethod(lambda step, row, rollouts: did.append(f"log {step}"))
 
     def judged(problems, n, seed, keys):
         return [sdpo.Group(p, [None] * n, [Verdict(0.0, f"no {key}")] * n) for p, key in zip(problems, keys)]
