@@ -99,22 +99,28 @@ def test_every_file_trains_three_steps_and_ends_cleanly(name, tmp_path):
     assert len(trained) >= 3 and all(row.get("mismatch/max_abs_dlogp", 0) < 1e-4 for row in trained)
 
 
-def test_two_processes_each_with_its_engine_train_and_end_cleanly(tmp_path):
-    done = torchrun(2, "grpo.py", *SMALL, "--steps", "3", "--out", str(tmp_path), "--name", "two")
+@pytest.fixture(scope="module")
+def each(tmp_path_factory):
+    """Two processes, each with its engine."""
+    out = tmp_path_factory.mktemp("each")
+    done = torchrun(2, "grpo.py", *SMALL, "--steps", "3", "--out", str(out), "--name", "two")
     assert "Traceback" not in done.stderr
-    trained = [row for row in rows(tmp_path / "two") if "grad_norm" in row]
+    return rows(out / "two")
+
+
+def test_two_processes_each_with_its_engine_train_and_end_cleanly(each):
+    trained = [row for row in each if "grad_norm" in row]
     assert len(trained) == 3 and all(row["mismatch/max_abs_dlogp"] < 1e-4 for row in trained)
 
 
-def test_two_processes_that_share_an_engine_train_as_with_one_each(tmp_path):
+def test_two_processes_that_share_an_engine_train_as_with_one_each(each, tmp_path):
     """--tensor_parallel 2: the engine is given both processes' prompts, each takes its own part, and random numbers are
     the same."""
-    for name, flags in (("each", []), ("shared", ["--tensor_parallel", "2"])):
-        torchrun(2, "grpo.py", *SMALL, *flags, "--steps", "2", "--out", str(tmp_path), "--name", name)
-    each, shared = rows(tmp_path / "each"), rows(tmp_path / "shared")
-    assert [r.get("reward/mean") for r in each] == [r.get("reward/mean") for r in shared]
-    assert [r.get("heldout/pass@1") for r in each] == [r.get("heldout/pass@1") for r in shared]
-    assert all(r["mismatch/max_abs_dlogp"] < 1e-4 for r in shared if "grad_norm" in r)
+    torchrun(2, "grpo.py", *SMALL, "--tensor_parallel", "2", "--steps", "3", "--out", str(tmp_path), "--name", "shared")
+    shared = rows(tmp_path / "shared")
+    for name in ("reward/mean", "heldout/pass@1"):
+        assert [row.get(name) for row in each] == [row.get(name) for row in shared]
+    assert all(row["mismatch/max_abs_dlogp"] < 1e-4 for row in shared if "grad_norm" in row)
 
 
 def test_without_vllm_the_error_names_the_remedy(monkeypatch):
