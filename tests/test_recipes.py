@@ -132,6 +132,23 @@ def module_parameters():
     return AutoModelForCausalLM.from_pretrained(CHAIN).parameters()
 
 
+@pytest.mark.parametrize("name, flags, words", [
+    ("grpo", ["--overlong", "shape", "--overlong_cache", "64"], "--overlong_cache 64 must be below --max_tokens 64"),
+    ("grpo", ["--dynamic_sampling", "1", "--tensor_parallel", "2"], "cannot sample different numbers of rounds"),
+    ("rlsd", ["--dual_clip", "0.5"], "--dual_clip 0.5 must be above 1"),
+    ("sdpo", ["--adv_clip", "5", "--granularity", "sampled"], "with --granularity logit or token"),
+    ("sdpo", ["--is_clip", "0"], "--is_clip 0.0: must lie between 1"),
+    ("sdpo", ["--test_time", "--budget", "2"], "a --budget of at least --group_size"),
+    ("sdpo", ["--max_tokens", "600"], "2 × --max_tokens 600 can exceed"),
+    ("hsd", ["--max_tokens", "600"], "2 × --max_tokens 600 can exceed"),
+])
+def test_settings_that_cannot_work_are_refused_in_one_line(name, flags, words, monkeypatch):
+    vllm(monkeypatch, there=True)
+    with pytest.raises(SystemExit) as error:
+        dry(name, *flags)
+    assert words in str(error.value) and str(error.value).startswith("error: ") and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--model", "no-such/model"], "no folder, nor on the hub"),
     (["--task", "jsonl:/nowhere.jsonl"], "no such file"),

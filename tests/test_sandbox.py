@@ -572,6 +572,13 @@ def test_a_test_may_expect_an_exception(verifier):
         assert verdict(verifier, wrong, expects).reward == 0
 
 
+def test_integers_of_thousands_of_digits_are_arguments_and_results_like_others(verifier):
+    """Python refuses to print those above 4,300 digits unless it is told to."""
+    large = problem("assert f(6000) == 10**6000", "assert f(10**5000) == 10**5000")
+    assert verdict(verifier, "def f(n): return 10**n if n < 10**4 else n", large).reward == 1
+    assert verdict(verifier, "def f(n): return 10**n + 1 if n < 10**4 else n", large).reward == 0
+
+
 def test_tests_that_hang_are_a_verdict_of_their_own(verifier):
     hang = problem("f(1)\nwhile True: pass")
     assert verdict(verifier, HONEST, hang).feedback == "The check took longer than 1 s."
