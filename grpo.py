@@ -172,7 +172,7 @@ class Args:
     """the embedded model and task, small enough for a laptop: the overrides in DEMO"""
 
 
-VARIANTS = {  # what belongs to each formula; of DAPO, all that its paper prints of training
+VARIANTS = {  # what belongs to each formula; of DAPO, the settings of its §4.1 too
     "grpo": {},
     "dr_grpo": dict(std=False, beta=0.0),
     "dapo": dict(clip_high=0.28, beta=0.0, group_size=16, batch_size=512, minibatches=16, dynamic_sampling=8,

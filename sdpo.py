@@ -212,7 +212,6 @@ def presets(args: Args) -> dict:
 SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
 CLOSING = "Now solve the problem in your own words."
-THOUGHTS = re.compile(r"<think>.*?</think>\s*|\A.*?</think>\s*", re.DOTALL)  # the template may have opened them
 
 
 def context(problem: Problem, solution: str | None, feedback: str | None, args: Args) -> list[dict] | None:
@@ -225,7 +224,7 @@ def context(problem: Problem, solution: str | None, feedback: str | None, args: 
     """
     blocks = []
     if solution is not None and args.context != "feedback":
-        blocks.append(SOLUTION.format(solution=THOUGHTS.sub("", solution)))
+        blocks.append(SOLUTION.format(solution=re.sub(r"<think>.*?</think>\s*", "", solution, flags=re.DOTALL)))
     if feedback and (args.context in ("feedback", "both") or (args.context == "either" and not blocks)):
         blocks.append(FEEDBACK.format(feedback=feedback))
     if not blocks:

@@ -482,8 +482,8 @@ def main(args: Args) -> None:
         traces = select(found, args)
         run.say(f"kept {len(traces)} of {len(found)} traces; y_init was wrong in {sum(t.r == 0 for t in traces)}")
         require(len(traces) > 0, f"no trace is left to train on: of {len(found)}, {sum(t.right for t in found)} end "
-                f"right and whole, {sum(t.right > t.r for t in found)} of them from a wrong start; raise --revisions, "
-                "--srt_questions or --srt_max_tokens, lower --wrong_share, or take easier problems or a stronger model")
+                f"right and whole, {sum(t.right and not t.r for t in found)} of them from a wrong start; raise "
+                "--revisions, --srt_questions or --srt_max_tokens, lower --wrong_share, take easier problems or a better model")
     updates = -(-len(traces) * args.srt_epochs // args.srt_batch)
     last_step = updates + args.rounds * a_round
 
@@ -521,6 +521,7 @@ def main(args: Args) -> None:
             blend(teacher, policy, 1.0)
             if step == 0:
                 optimizer.state.clear()
+                sampler.load(full_weights(policy))  # phase 1 does not sync
         optimizer.param_groups[0].update(betas=(0.9, 0.999), weight_decay=args.weight_decay)
         share = args.batch_size // run.world
         place = step // a_round * len(sd_problems) + step % a_round * args.batch_size + run.rank * share

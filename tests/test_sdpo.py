@@ -193,8 +193,6 @@ def test_thoughts_are_cut_from_demonstrations():
     problem = Problem("p", [{"role": "user", "content": "q"}])
     text = sdpo.context(problem, "<think>long\nthought</think>\nanswer 5", None, sdpo.Args())[-1]["content"]
     assert "thought" not in text and "answer 5" in text
-    opened = sdpo.context(problem, "long\nthought</think>\nanswer 5", None, sdpo.Args())[-1]["content"]  # by the template
-    assert "thought" not in opened and "answer 5" in opened
 
 
 def test_an_average_moves_by_one_percent_of_the_student_in_fp32(one_process):

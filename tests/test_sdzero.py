@@ -264,7 +264,7 @@ def test_baselines_train_on_their_own_data(baseline, tmp_path):
 
 
 def test_phase_2_alone_starts_from_the_model_as_it_is(tmp_path):
-    """At a learning rate of 0 every weight stays; at the demo's the teacher is still the start."""
+    """At a learning rate of 0 every weight stays."""
     from transformers import AutoModelForCausalLM
 
     run(tmp_path, "--name", "sd", "--phase", "sd", "--lr", "0")
