@@ -483,7 +483,7 @@ def main(args: Args) -> None:
         run.say(f"kept {len(traces)} of {len(found)} traces; y_init was wrong in {sum(t.r == 0 for t in traces)}")
         require(len(traces) > 0, f"no trace is left to train on: of {len(found)}, {sum(t.right for t in found)} end "
                 f"right and whole, {sum(t.right and not t.r for t in found)} of them from a wrong start; raise "
-                "--revisions, --srt_questions or --srt_max_tokens, lower --wrong_share, take easier problems or a better model")
+                "--revisions, --srt_questions or --srt_max_tokens, lower --wrong_share, or take easier problems")
     updates = -(-len(traces) * args.srt_epochs // args.srt_batch)
     last_step = updates + args.rounds * a_round
 
