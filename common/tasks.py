@@ -315,6 +315,11 @@ def as_problem(record: dict, where: str, fields: str, instruction: str | None) -
     elif "choices" in record:  # as SciKnowEval stands on the hub
         options = [f"{label}: {option}" for label, option in zip(record["choices"]["label"], record["choices"]["text"])]
         user = "\n".join([text, "", *options, "", CHOICE_INSTRUCTION])
+    if isinstance(solution, list):  # several ways to the answer: the first
+        solution = solution[0] if solution else None
+    name = renamed.get("solution", "solution")
+    require(solution is None or isinstance(solution, str), f"{where}: field {name!r} must be a "
+            "text or a list of texts; name another field with --fields solution=FIELD")
     system = [{"role": "system", "content": found["system"]}] if found.get("system") else []
     return Problem(hashlib.sha1(text.encode()).hexdigest()[:16], [*system, {"role": "user", "content": user}],
                    answer and answer.strip(), solution, kind, {"question": text, **meta})

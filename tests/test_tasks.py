@@ -283,3 +283,15 @@ def test_any_generated_dataset_has_its_own_instruction():
     assert p.verifier == "gym" and p.messages[0]["content"].endswith("between <answer> and </answer>.")
     with pytest.raises(SystemExit, match="error: --task gym:nothing: "):
         load_task("gym:nothing", heldout=1)
+
+
+@pytest.mark.parametrize("given, shown", [("so", "so"), (["so", "or so"], "so"), ([], None), (None, None)])
+def test_of_several_solutions_the_first_is_shown_as_text(given, shown):
+    p = as_problem({"problem": "1?", "answer": "27", "ways": given}, "here", "solution=ways", None)
+    assert p.solution == shown
+
+
+@pytest.mark.parametrize("given", [{"text": "so"}, [{"text": "so"}], [["so"]], 3])
+def test_a_solution_that_is_no_text_is_refused_in_words(given):
+    with pytest.raises(SystemExit, match="here: field 'ways' must be a text or a list of texts"):
+        as_problem({"problem": "1?", "answer": "27", "ways": given}, "here", "solution=ways", None)
