@@ -96,8 +96,8 @@ class Args:
     """y_rev for each y_init, right or wrong"""
     kept_traces: int = 6000
     """size of D_REVISION at most"""
-    wrong_share: float = 0.5
-    """share of traces whose y_init was wrong (not given in the paper)"""
+    wrong_share: float | None = None
+    """share of traces whose y_init was wrong; None keeps all that end right, as the paper does"""
     per_question: int = 3
     """traces of one question at most (not given in the paper)"""
     srt_temperature: float = 0.7
@@ -206,8 +206,9 @@ class Args:
 
 
 DEMO = dict(model="assets/chain", task="chain", heldout=256, srt_questions=1024, kept_traces=1500, srt_max_tokens=64,
-            srt_temperature=1.0, srt_batch=32, srt_lr=3e-4, srt_epochs=1, sd_questions=2560, batch_size=64,
-            max_tokens=192, lr=1e-4, warmup=5, mean="token", eval_every=16, save_every=64)
+            srt_temperature=1.0, wrong_share=0.5, srt_batch=32, srt_lr=3e-4, srt_epochs=1,
+            sd_questions=2560, batch_size=64, max_tokens=192, lr=1e-4, warmup=5, mean="token",
+            eval_every=16, save_every=64)
 
 
 BASELINES = {"": {}, "rft": dict(inits=4, per_question=4, kept_traces=10**9), "sft": dict(kept_traces=10**9)}
@@ -235,6 +236,18 @@ def reviser_prompt(rollout: Rollout, r: int, tokenizer, ends: list[int]) -> list
     return [*rollout.prompt_ids, *y, *control_ids(tokenizer, r)]
 
 
+def turn_end(tokenizer) -> int:
+    """The token that the chat template puts after an assistant's message, or the tokenizer's eos if
+    there is none. Some families end a turn and a document with different tokens."""
+    mark = "the-answer"
+    turn = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False)
+    after = tokenizer.encode(text.rpartition(mark)[2].strip(), add_special_tokens=False)
+    if after and after[0] in tokenizer.added_tokens_decoder:
+        return after[0]
+    return tokenizer.eos_token_id
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. phase 1: traces
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,12 +266,14 @@ class Trace(NamedTuple):
 
 def select(traces: list[Trace], args: Args) -> list[Trace]:
     """D_REVISION: traces whose revision is right, without repetitions, at most --per_question of a question, and at
-    most --kept_traces, of which --wrong_share started wrong: fewer where too few did, and no more right ones than fit
-    to them. Where too few started right, the share is larger.
+    most --kept_traces, the first in the order of the questions.
 
-    The paper keeps 6,000 of about 40,000 generations and says neither the mix nor the cap.
+    With a --wrong_share, this share of them started wrong: fewer if too few did, and no more right
+    ones than fit to them. If too few started right, the share is larger. The paper keeps 6,000 of
+    about 40,000 generations, filters by the revision's verdict alone, and names neither a mix nor a
+    cap per question.
     """
-    chosen: dict[int, list[Trace]] = {0: [], 1: []}
+    right: list[Trace] = []
     count: dict[str, int] = {}
     seen: set[tuple] = set()
     for t in traces:
@@ -266,12 +281,17 @@ def select(traces: list[Trace], args: Args) -> list[Trace]:
         if t.right and key not in seen and count.get(t.id, 0) < args.per_question:
             seen.add(key)
             count[t.id] = count.get(t.id, 0) + 1
-            chosen[t.r].append(t)
-    if args.baseline:
-        return (chosen[0] + chosen[1])[: args.kept_traces]
-    wrong = min(len(chosen[0]), round(args.kept_traces * args.wrong_share))
-    fitting = wrong * (1 - args.wrong_share) / args.wrong_share if args.wrong_share > 0 else args.kept_traces
-    return chosen[0][:wrong] + chosen[1][: min(round(fitting), args.kept_traces - wrong)]
+            right.append(t)
+    share = args.wrong_share
+    if args.baseline or share is None:
+        return right[: args.kept_traces]
+    corrected = [t for t in right if t.r == 0]
+    rephrased = [t for t in right if t.r == 1]
+    wrong = min(len(corrected), round(args.kept_traces * share))
+    room = args.kept_traces - wrong
+    if share > 0:
+        room = min(room, round(wrong * (1 - share) / share))
+    return corrected[:wrong] + rephrased[:room]
 
 
 def trace_weights(trace: Trace, terms: str) -> list[float]:
@@ -341,7 +361,9 @@ class Group(NamedTuple):
 
 
 def main(args: Args) -> None:
-    within(args, srt_questions=(1, 1e9), inits=(1, 1e3), revisions=(1, 1e3), kept_traces=(1, 1e9), wrong_share=(0, 1),
+    if args.wrong_share is not None:
+        within(args, wrong_share=(0, 1))
+    within(args, srt_questions=(1, 1e9), inits=(1, 1e3), revisions=(1, 1e3), kept_traces=(1, 1e9),
            per_question=(1, 1e3), srt_temperature=(0.01, 9), srt_top_p=(0.01, 1), srt_max_tokens=(1, 1e6),
            top_k=(0, 1e6), collect_batch=(1, 1e6), srt_epochs=(1, 1e3), srt_batch=(1, 1e6), srt_lr=(0, 1),
            srt_warmup=(0, 1), srt_weight_decay=(0, 1), sd_questions=(1, 1e9), rounds=(1, 1e3))
@@ -446,7 +468,8 @@ def main(args: Args) -> None:
             for p in problems:
                 require(p.solution is not None, f"--baseline sft: problem {p.id} has no solution to train on")
             ids = [tokenizer.encode(p.solution, add_special_tokens=False) for p in problems]
-            traces = [Trace(p.id, 1, True, prompt, [], [], [*solution, tokenizer.eos_token_id], p.solution)
+            end = turn_end(tokenizer)
+            traces = [Trace(p.id, 1, True, prompt, [], [], [*solution, end], p.solution)
                       for p, prompt, solution in zip(problems, chats(problems), ids)]
             return traces, {"generations": 0, "sampled_tokens": 0}
         options = (args.srt_max_tokens, args.srt_temperature, args.srt_top_p)
@@ -483,7 +506,8 @@ def main(args: Args) -> None:
         run.say(f"kept {len(traces)} of {len(found)} traces; y_init was wrong in {sum(t.r == 0 for t in traces)}")
         require(len(traces) > 0, f"no trace is left to train on: of {len(found)}, {sum(t.right for t in found)} end "
                 f"right and whole, {sum(t.right and not t.r for t in found)} of them from a wrong start; raise "
-                "--revisions, --srt_questions or --srt_max_tokens, lower --wrong_share, or take easier problems")
+                "--revisions, --srt_questions or --srt_max_tokens, leave out --wrong_share, or "
+                "take easier problems")
     updates = -(-len(traces) * args.srt_epochs // args.srt_batch)
     last_step = updates + args.rounds * a_round
 
@@ -511,7 +535,7 @@ def main(args: Args) -> None:
                 losses.append(total.item())
             metrics["lr"] = srt_lr(step, updates, args)
             optimizer_step(policy, optimizer, metrics["lr"], args.max_norm, metrics)
-        trained = sum(map(len, responses))
+        trained = sum(map(sum, weights))  # App. C.2 counts y_rev once for each term
         # in lists: the log takes their mean over ranks, so times their number it is the sum
         metrics |= {"srt/loss": [sum(losses) * run.world], "budget/loss_tokens": [trained * run.world]}
 
@@ -587,7 +611,8 @@ def main(args: Args) -> None:
         if any(curves.values()):
             (run.folder / "self_localisation.json").write_text(json.dumps(curves))
             draw_localisation(curves, run.folder / "self_localisation.png")
-        run.say(budget_table(run.history, read_traces(run.folder / "traces.jsonl")[1], updates, last_step))
+        collected = read_traces(Path(args.traces or run.folder / "traces.jsonl"))[1]
+        run.say(budget_table(args, run.history, collected, traces, updates, last_step))
     run.finish(sampler, verifier)
 
 
@@ -598,14 +623,18 @@ def head(micro: Micro, batch: Tokens, seen: tuple[Tensor, Tensor], args: Args):
                                             divergence=divergence(args), temperature=args.temperature)
 
 
+BOUND = 20.0  # nats: a log ratio above it counts as this much in mismatch/kl
+
+
 def diagnostics(token: TokenStats, r: Tensor, gap: Tensor) -> dict[str, Tensor]:
     """Per-token metrics of phase 2 [T]; r [T] is the verdict on the token's response, gap [T] is log π_θ/π_sampler.
     teacher/copies is how often the teacher's likeliest token is the one that stands there in the first copy of y, as a
     mere copy would have it."""
     right, wrong = r == 1, r == 0
+    near = gap.clamp(max=BOUND)
     return {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy, "kl": token.kl,
-            "kl/right": token.kl[right], "kl/wrong": token.kl[wrong], "mismatch/kl": gap.expm1() - gap,
-            "mismatch/max_abs_dlogp": gap.abs(),
+            "kl/right": token.kl[right], "kl/wrong": token.kl[wrong],
+            "mismatch/kl": near.expm1() - near, "mismatch/max_abs_dlogp": gap.abs(),
             "teacher/copies_right": token.teacher_greedy[right], "teacher/copies_wrong": token.teacher_greedy[wrong]}
 
 
@@ -627,13 +656,24 @@ def read_traces(path: Path) -> tuple[list[Trace], list[dict], int]:
     return traces, batches, size
 
 
-KEYWORDS = re.compile(r"\b(wait|hold on|actually|let me re-?(check|phrase|consider|do|think|try|vis\w+))\b|my mistake|"
-                      r"this is wrong|not correct|start over", re.I)
+KEYWORDS = (  # the 27 phrases of the paper's appendix; P_1 has none of them, P_0 two
+    "wait", "wait a minute", "hold on", "actually", "on second thought", "oops", "incorrect",
+    "my mistake", "i made a mistake", "this is wrong", "that is wrong", "that's wrong",
+    "let me check", "let's check", "let me double check", "let's double check",
+    "let me recheck", "let's recheck", "let me rethink", "let's rethink",
+    "let me recalculate", "let's recalculate", "re-evaluate", "let's re-evaluate",
+    "let me correct", "let me start over", "let me try again",
+)
 
 
 def speaks_of_revision(text: str) -> bool:
-    """Whether a response holds a phrase of self-revision (the paper counts 27 such words; a proxy)."""
-    return bool(KEYWORDS.search(text))
+    """Whether a response holds one of KEYWORDS, as whole words: "loops" and "waiter" are none.
+
+    >>> speaks_of_revision("Oops. Let’s recheck."), speaks_of_revision("Two nested loops.")
+    (True, False)
+    """
+    phrases = "|".join(map(re.escape, KEYWORDS))
+    return bool(re.search(rf"\b({phrases})\b", text.replace("’", "'"), re.IGNORECASE))
 
 
 def localisation(kl: Tensor, buckets: int = 20) -> list[float]:
@@ -664,21 +704,39 @@ def draw_localisation(curves: dict[int, list[list[float]]], path: Path) -> None:
     plt.close(figure)
 
 
-def budget_table(history: list[dict], batches: list[dict], updates: int, last_step: int) -> str:
-    """The paper's budget (App. C.2) for this run: what each phase sampled and put through a loss, and its outcome."""
+def budget_table(args: Args, history: list[dict], batches: list[dict], traces: list[Trace],
+                 updates: int, last_step: int) -> str:
+    """The paper's budget (App. C.2) up to the start, the end of phase 1 and the end: responses and
+    tokens that were sampled, tokens that went through a loss, and the outcome. A row includes the
+    rows above it.
+
+    As in the paper, the traces count for one pass, whatever --srt_epochs is, and each term counts
+    its own tokens, so that y_rev counts twice. In phase 2 student and teacher count.
+    """
     scores = {r["step"]: r["heldout/pass@1"] for r in history if "heldout/pass@1" in r}
-    score = lambda step: scores.get(step, math.nan)
-    collected = [sum(b[k] for b in batches) for k in ("generations", "sampled_tokens")]
-    rows = [("start", 0, 0, 0, score(0))]
+    generations = sampled = trained = 0
+    rows = [("start", generations, sampled, trained, scores.get(0, math.nan))]
+    phase_1 = args.baseline.upper() or "SRT"
     if updates:
-        trained = sum(r.get("budget/loss_tokens", 0) for r in history if r["step"] < updates)
-        rows.append(("SRT", *collected, trained, score(updates)))
+        generations = sum(b["generations"] for b in batches)
+        sampled = sum(b["sampled_tokens"] for b in batches)
+        trained = sum(sum(trace_weights(t, args.terms)) for t in traces)
+        rows.append((phase_1, generations, sampled, trained, scores.get(updates, math.nan)))
     if last_step > updates:
-        spent = [sum(r.get(f"budget/{k}", 0) for r in history if r["step"] >= updates)
-                 for k in ("generations", "sampled_tokens", "loss_tokens")]
-        rows.append(("SRT + SD" if updates else "SD only", *spent, score(last_step)))
-    lines = [f"{'':9s} {'generations':>12s} {'sampled tokens':>15s} {'loss tokens':>12s} {'held-out pass@1':>16s}"]
-    return "\n".join(lines + [f"{n:9s} {int(g):12,d} {int(t):15,d} {int(x):12,d} {p:16.3f}" for n, g, t, x, p in rows])
+        phase_2 = [r for r in history if r["step"] >= updates]
+        generations += sum(r.get("budget/generations", 0) for r in phase_2)
+        sampled += sum(r.get("budget/sampled_tokens", 0) for r in phase_2)
+        trained += sum(r.get("budget/loss_tokens", 0) for r in phase_2)
+        name = f"{phase_1} + SD" if updates else "SD only"
+        rows.append((name, generations, sampled, trained, scores.get(last_step, math.nan)))
+    columns = ("generations", "sampled tokens", "loss tokens", "held-out pass@1")
+    lines = ["{:9s} {:>12s} {:>15s} {:>12s} {:>16s}".format("", *columns)]
+    lines += ["{:9s} {:12,.0f} {:15,.0f} {:12,.0f} {:16.3f}".format(*row) for row in rows]
+    if updates:
+        passes = "pass" if args.srt_epochs == 1 else "passes"
+        lines.append(f"Loss tokens of {phase_1}: of one pass over its traces; the run made "
+                     f"{args.srt_epochs} {passes}.")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
