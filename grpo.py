@@ -240,11 +240,22 @@ class Tokens(NamedTuple):
     rollout: Tensor  # which rollout the token belongs to, 0 … R−1
 
 
+BOUND = 20.0  # nats: up to here a log ratio is exponentiated as it is
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x); beyond BOUND the tangent of exp at BOUND goes on. There the value still rises, and
+    the slope stays at exp(BOUND): the gradient of one token can neither overflow nor vanish."""
+    inside = x.clamp(max=BOUND)
+    return torch.where(x > BOUND, inside.exp() * (1 + x - BOUND), inside.exp())
+
+
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Eq. 4: π_ref/π_θ − log(π_ref/π_θ) − 1 ≥ 0. Its value estimates KL(π_θ‖π_ref); differentiated as it stands, on
     samples of π_θ, its gradient is that of the other direction, KL(π_ref‖π_θ)."""
     log_ratio = ref_logp - logp
-    return log_ratio.expm1() - log_ratio
+    inside = log_ratio.clamp(max=BOUND).expm1()  # expm1: small ratios keep their digits
+    return torch.where(log_ratio > BOUND, bounded_exp(log_ratio) - 1, inside) - log_ratio
 
 
 def loss(token: TokenStats, batch: Tokens, args: Args) -> Tensor:
@@ -253,7 +264,7 @@ def loss(token: TokenStats, batch: Tokens, args: Args) -> Tensor:
     log_ratio = token.logp - old_logp  # log ρ_i,t
     if args.loss == "gspo":  # log s_i = 1/|o_i| Σ_t log ρ_i,t, the same for every token of a rollout
         log_ratio = rollout_mean(log_ratio, batch.rollout)
-    ratio, A = log_ratio.exp(), batch.advantage
+    ratio, A = bounded_exp(log_ratio), batch.advantage
     if args.loss == "cispo":  # sg(min(ρ, 1+ε_high)) A log π_θ: a clipped token keeps its gradient
         surrogate = ratio.detach().clamp(max=1 + args.clip_high) * A * token.logp
     else:  # Eq. 3
@@ -290,6 +301,13 @@ class Group(NamedTuple):
     def mixed(self) -> bool:
         """Whether the verifier's rewards differ; where they do not, every advantage made of them is 0."""
         return len({v.reward for v in self.verdicts}) > 1
+
+
+def choose_groups(groups: list[Group], share: int) -> list[Group]:
+    """`share` of the groups, the mixed ones if not all fit, in the order of the questions: the log
+    shows the first groups, which must not be a selection."""
+    mixed_first = sorted(range(len(groups)), key=lambda i: not groups[i].mixed)
+    return [groups[i] for i in sorted(mixed_first[:share])]
 
 
 def main(args: Args) -> None:
@@ -339,18 +357,19 @@ def main(args: Args) -> None:
                 "heldout/length": [len(o.response_ids) for g in groups for o in g.rollouts]}
 
     def explore(step: int) -> list[Group]:
-        """This rank's share of the questions as groups. With dynamic sampling, groups whose rewards are all equal are
-        replaced while rounds are left; those that remain then fill the share, so that a step always ends."""
+        """This rank's share of the questions as groups. With dynamic sampling, groups whose rewards
+        are all equal are replaced while rounds are left; those that remain then fill the share, so
+        that a step always ends."""
         share, rounds = args.batch_size // run.world, args.dynamic_sampling + 1
-        mixed, equal = [], []
+        groups: list[Group] = []
         for round in range(rounds):
             start = ((step * rounds + round) * run.world + run.rank) * share
             problems = take(task.train, args.seed, start, share)
-            for group in judged_groups(problems, args.group_size, (args.seed, 0), range(start, start + share)):
-                (mixed if group.mixed else equal).append(group)
-            if len(mixed) >= share:
+            keys = range(start, start + share)
+            groups += judged_groups(problems, args.group_size, (args.seed, 0), keys)
+            if sum(g.mixed for g in groups) >= share:
                 break
-        return (mixed + equal)[:share]
+        return choose_groups(groups, share)
 
     if args.eval_only:
         run.log(first_step, evaluate())
@@ -438,12 +457,16 @@ def diagnostics(token: TokenStats, batch: Tokens, args: Args) -> dict[str, Tenso
     old_logp = token.logp if batch.old_logp is None else batch.old_logp
     gap = old_logp - batch.sampler_logp  # log π_old/π_sampler, 0 where sampler and trainer agree
     log_ratio, A = token.logp - old_logp, batch.advantage
-    ratio = (rollout_mean(log_ratio, batch.rollout) if args.loss == "gspo" else log_ratio).exp()
+    if args.loss == "gspo":
+        log_ratio = rollout_mean(log_ratio, batch.rollout)
+    ratio = bounded_exp(log_ratio)
     clipped = ((ratio > 1 + args.clip_high) & (A > 0)) | ((ratio < 1 - args.clip_low) & (A < 0))
     if args.loss == "cispo":  # bounds the weight whatever the sign of A
         clipped = ratio > 1 + args.clip_high
-    out = {"entropy": token.entropy, "clip_frac": clipped.float(), "mismatch/kl": gap.expm1() - gap,
-           "mismatch/max_abs_dlogp": gap.abs(), "mismatch/tis": gap.exp().clamp(max=args.tis or torch.inf)}
+    near = gap.clamp(max=BOUND)
+    out = {"entropy": token.entropy, "clip_frac": clipped.float(),
+           "mismatch/kl": near.expm1() - near, "mismatch/max_abs_dlogp": gap.abs(),
+           "mismatch/tis": near.exp().clamp(max=args.tis or torch.inf)}
     if batch.ref_logp is not None:
         out["kl_ref"] = k3(token.logp, batch.ref_logp)
     return out

@@ -307,15 +307,19 @@ def localisation(credit: Tensor, tau: int) -> dict[str, float]:
 
     mass/w8 is the share of the whole response's |A| that lies within 8 tokens of τ; mass50/w8 the share of what lies
     within 50 tokens of τ: the paper does not state its denominator, and its own numbers fit the second.
+    If teacher and student agree at all of these tokens, the share has no entry.
     """
     size = credit.abs()
     offset = (torch.arange(len(size)) - tau).abs()
-    near = size[offset <= 50].sum()
+    total, near = size.sum(), size[offset <= 50].sum()
     out = {"credit/at_tau": size[tau], "credit/before_tau": size[:tau].mean() if tau else None,
            "credit/after_tau": size[tau + 1 :].mean() if tau + 1 < len(size) else None}
     for w in (2, 4, 8, 16, 32):
         inside = size[offset <= w].sum()
-        out |= {f"mass/w{w}": inside / size.sum(), f"mass50/w{w}": inside / near}
+        if total > 0:
+            out[f"mass/w{w}"] = inside / total
+        if near > 0:
+            out[f"mass50/w{w}"] = inside / near
     return {name: float(value) for name, value in out.items() if value is not None}
 
 
@@ -501,13 +505,17 @@ def head(micro: Micro, batch: Tokens, seen: tuple[Tensor, Tensor], shared: bool,
         None if shared else teacher_head, divergence=divergence(args), temperature=args.temperature)
 
 
+BOUND = 20.0  # nats: a log ratio above it counts as this much in mismatch/kl
+
+
 def diagnostics(token: TokenStats, batch: Tokens) -> dict[str, Tensor]:
     """Per-token metrics of an update [T]; the log takes their mean (or their maximum)."""
     gap = token.logp - batch.sampler_logp  # log π_θ/π_sampler; not 0 where --top_p cuts the sampler's distribution
+    near = gap.clamp(max=BOUND)
     shown = batch.signal == 1
     out = {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy[shown], "kl": token.kl[shown],
-           "credit/mean_abs": (token.teacher_logp - token.logp)[shown].abs(), "mismatch/kl": gap.expm1() - gap,
-           "mismatch/max_abs_dlogp": gap.abs()}
+           "credit/mean_abs": (token.teacher_logp - token.logp)[shown].abs(),
+           "mismatch/kl": near.expm1() - near, "mismatch/max_abs_dlogp": gap.abs()}
     if batch.ref_logp is not None:
         out["kl_ref"] = k2(token.logp, batch.ref_logp)
     return out

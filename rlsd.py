@@ -242,10 +242,20 @@ def lam_at(step: int, args: Args) -> float:
     return args.lam * max(0.0, 1 - step / args.lam_steps)
 
 
+BOUND = 20.0  # nats: up to here a log ratio is exponentiated as it is
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x); beyond BOUND the tangent of exp at BOUND goes on. There the value still rises, and
+    the slope stays at exp(BOUND): the gradient of one token can neither overflow nor vanish."""
+    inside = x.clamp(max=BOUND)
+    return torch.where(x > BOUND, inside.exp() * (1 + x - BOUND), inside.exp())
+
+
 def spread(A: Tensor, teacher_logp: Tensor, logp: Tensor, lam: float, eps_w: float) -> tuple[Tensor, Tensor]:
     """Â_t and w_t, both [T] and without gradient, from A, log π_T(y_t) and log π_θ(y_t), all [T]."""
     delta = (teacher_logp - logp).detach()  # Eq. 13: what the reference says of this token, nats
-    w = (A.sign() * delta).exp()  # Eq. 14: (P_T/P_S)^sign(A)
+    w = bounded_exp(A.sign() * delta)  # Eq. 14: (P_T/P_S)^sign(A)
     return A * ((1 - lam) + lam * w.clamp(1 - eps_w, 1 + eps_w)), w  # Eq. 15 in Algorithm 1, line 17
 
 
@@ -275,7 +285,7 @@ class Tokens(NamedTuple):
 def loss(token: TokenStats, batch: Tokens, lam: float, args: Args) -> Tensor:
     """The loss of each token [T]; their sum is −J (§4.2) of the batch."""
     old_logp = token.logp.detach() if batch.old_logp is None else batch.old_logp
-    ratio, A = (token.logp - old_logp).exp(), batch.advantage  # ρ_t
+    ratio, A = bounded_exp(token.logp - old_logp), batch.advantage  # ρ_t
     if batch.teacher_logp is not None:
         without_r = token.logp if batch.neutral_logp is None else batch.neutral_logp
         A, _ = spread(A, batch.teacher_logp, without_r, lam, args.eps_w)
@@ -455,12 +465,14 @@ def diagnostics(token: TokenStats, batch: Tokens, lam: float, args: Args) -> dic
     """Per-token metrics of an update [T]; the log takes their mean (or their maximum)."""
     old_logp = token.logp if batch.old_logp is None else batch.old_logp
     gap = old_logp - batch.sampler_logp  # log π_old/π_sampler, 0 where sampler and trainer agree
-    ratio, A = (token.logp - old_logp).exp(), batch.advantage
+    ratio, A = bounded_exp(token.logp - old_logp), batch.advantage
     clipped = ((ratio > 1 + args.clip_high) & (A > 0)) | ((ratio < 1 - args.clip_low) & (A < 0))
     if args.dual_clip > 0:
         clipped |= (ratio > args.dual_clip) & (A < 0)
-    out = {"entropy": token.entropy, "nll": -token.logp, "clip_frac": clipped.float(), "mismatch/kl": gap.expm1() - gap,
-           "mismatch/max_abs_dlogp": gap.abs(), "mismatch/tis": gap.exp().clamp(max=args.tis or torch.inf)}
+    near = gap.clamp(max=BOUND)
+    out = {"entropy": token.entropy, "nll": -token.logp, "clip_frac": clipped.float(),
+           "mismatch/kl": near.expm1() - near, "mismatch/max_abs_dlogp": gap.abs(),
+           "mismatch/tis": near.exp().clamp(max=args.tis or torch.inf)}
     if batch.teacher_logp is not None:
         without_r = token.logp if batch.neutral_logp is None else batch.neutral_logp
         spread_A, w = spread(A, batch.teacher_logp, without_r, lam, args.eps_w)

@@ -100,6 +100,10 @@ class Args:
     """f: a sibling's solution, or feedback where there is none; one of them only; or both in one prompt"""
     lam: float = 0.0
     """λ of Eq. 3: the share of GRPO's advantage (the paper's hybrid: 0.9)"""
+    clip_low: float = 0.2
+    """--lam: ε below 1 in the clip of GRPO's share, Eq. 12 (released: 0.2)"""
+    clip_high: float = 0.28
+    """--lam: ε above 1 (Table 13)"""
     is_clip: float = 2.0
     """bound on π_θ/π_old of a token, with more than one update a step (the released code: 2)"""
     tis: float = 2.0
@@ -271,6 +275,16 @@ def divergence(args: Args) -> Divergence:
     return Divergence(kind, beta=0.5, top_k=top_k, support="student", tail=True)
 
 
+BOUND = 20.0  # nats: up to here a log ratio is exponentiated as it is
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x); beyond BOUND the tangent of exp at BOUND goes on. There the value still rises, and
+    the slope stays at exp(BOUND): the gradient of one token can neither overflow nor vanish."""
+    inside = x.clamp(max=BOUND)
+    return torch.where(x > BOUND, inside.exp() * (1 + x - BOUND), inside.exp())
+
+
 def loss(token: TokenStats, batch: Tokens, args: Args) -> Tensor:
     """The loss of each token [T]; their sum is L (Eq. 1) of the batch. The teacher's side carries no gradient."""
     old_logp = token.logp.detach() if batch.old_logp is None else batch.old_logp
@@ -279,11 +293,13 @@ def loss(token: TokenStats, batch: Tokens, args: Args) -> Tensor:
     else:  # −A log π_θ with the advantage of the sampled token, or its mean over the response
         A = (token.teacher_logp - token.logp).detach()
         distil = -(rollout_mean(A, batch.rollout) if args.granularity == "sequence" else A) * token.logp
-    ratio = (token.logp - old_logp).clamp(-20, 20).exp()
+    ratio = bounded_exp(token.logp - old_logp)
     distil = distil * ratio.detach().clamp(max=args.is_clip)  # truncated weight of an off-policy token, as released
     per_token = batch.signal * distil
-    if args.lam > 0:  # Eq. 3
-        per_token = (1 - args.lam) * per_token - args.lam * ratio * batch.advantage
+    if args.lam > 0:  # Eq. 3, with the clip of Eq. 12 on GRPO's share
+        clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+        surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
+        per_token = (1 - args.lam) * per_token - args.lam * surrogate
     if args.tis > 0:  # truncated importance sampling: the rollouts are the sampler's, not π_old's
         per_token = per_token * (old_logp - batch.sampler_logp).exp().clamp(max=args.tis).detach()
     return batch.weight * per_token
@@ -327,7 +343,8 @@ class Group(NamedTuple):
 
 def main(args: Args) -> None:
     within(args, group_size=(1, 1e5), top_k=(0, 1e6), adv_clip=(0, 1e3), teacher_rate=(0, 1), lam=(0, 1), tis=(0, 1e3),
-           is_clip=(1, 1e3), minibatches=(1, 1e5), questions=(1, 1e6), budget=(1, 1e7), seeds=(1, 1e3))
+           clip_low=(0, 1), clip_high=(0, 1e3), is_clip=(1, 1e3), minibatches=(1, 1e5),
+           questions=(1, 1e6), budget=(1, 1e7), seeds=(1, 1e3))
     require(not args.adv_clip or (args.kl == "reverse" and args.granularity in ("logit", "token")), "--adv_clip bounds "
             "the advantages of --kl reverse, with --granularity logit or token")
     require(not args.test_time or (args.budget >= args.group_size and not args.resume), "--test_time needs a --budget "
@@ -388,7 +405,9 @@ def main(args: Args) -> None:
         out = []
         for i, j in enumerate(choose_siblings([v.reward for v in group.verdicts], rng)):
             solution = None if j is None or args.context == "feedback" else group.rollouts[j].text
-            messages = context(group.problem, solution, group.verdicts[i].feedback, args)
+            failed = group.verdicts[i].reward < 1  # a success needs no correction
+            feedback = group.verdicts[i].feedback if failed else None
+            messages = context(group.problem, solution, feedback, args)
             ids = None if messages is None else chat_ids(tokenizer, messages, args.thinking)
             require(ids is None or len(ids) + len(group.rollouts[i].response_ids) <= sampler.context, f"problem "
                     f"{group.problem.id}: the teacher's prompt (with a solution or the environment's feedback) and a "
@@ -522,11 +541,12 @@ def diagnostics(token: TokenStats, batch: Tokens, reward: Tensor) -> dict[str, T
     """Per-token metrics of an update [T]; the log takes their mean (or their maximum)."""
     old_logp = token.logp if batch.old_logp is None else batch.old_logp
     gap = old_logp - batch.sampler_logp  # log π_old/π_sampler, 0 where sampler and trainer agree
+    near = gap.clamp(max=BOUND)
     shown = batch.signal == 1
     return {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy[shown], "kl": token.kl[shown],
             "kl/right": token.kl[shown & (reward == 1)], "kl/wrong": token.kl[shown & (reward < 1)],
-            "advantage/mean_abs": (token.teacher_logp - token.logp)[shown].abs(), "mismatch/kl": gap.expm1() - gap,
-            "mismatch/max_abs_dlogp": gap.abs()}
+            "advantage/mean_abs": (token.teacher_logp - token.logp)[shown].abs(),
+            "mismatch/kl": near.expm1() - near, "mismatch/max_abs_dlogp": gap.abs()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -287,15 +287,19 @@ def full_weights(model: Policy | Adapters) -> Iterator[tuple[str, Tensor]]:
 
 
 def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_norm: float, metrics: dict) -> None:
-    """Clip the gradient to `max_norm`, step with learning rate `lr`, clear. A gradient that is not finite, on any rank,
-    makes no step. Into metrics go grad_norm, before clipping, and skipped_updates, of this training step so far."""
+    """Clip the gradient to `max_norm`, step with learning rate `lr`, clear. A gradient that is not
+    finite, on any rank, makes no step. Neither does a gradient of 0: if nothing had a signal, old
+    moments and weight decay do not move the weights. Into metrics go grad_norm, before clipping,
+    and the skipped_updates and empty_updates of this training step so far."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     finite = math.isfinite(norm)
     if finite:
         metrics["grad_norm"] = norm
+    if finite and norm > 0:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     metrics["skipped_updates"] = metrics.get("skipped_updates", 0) + (not finite)
+    metrics["empty_updates"] = metrics.get("empty_updates", 0) + (norm == 0)
     optimizer.zero_grad(set_to_none=True)

@@ -83,7 +83,8 @@ def test_sections_stand_in_the_same_order(name):
 
 SHARED = {  # definitions that are meant to be the same, and the files that have them
     "Group": {"grpo", "rlsd", "sdpo", "hsd", "sdzero"}, "advantages": {"grpo", "rlsd", "hsd"},
-    "rollout_mean": {"grpo", "sdpo"}, "main.judged_groups": {"grpo", "rlsd", "sdpo", "hsd"},
+    "rollout_mean": {"grpo", "sdpo"}, "bounded_exp": {"grpo", "rlsd", "sdpo"},
+    "main.judged_groups": {"grpo", "rlsd", "sdpo", "hsd"},
     "main.evaluate": {"grpo", "rlsd", "sdpo", "hsd"}, "main.explore": {"rlsd", "sdpo", "hsd"},
 }
 

@@ -247,6 +247,17 @@ def test_credit_mass_and_its_denominators():
     assert "credit/before_tau" not in hsd.localisation(credit[:5] + 1, 0)
 
 
+def test_a_share_of_no_credit_is_left_out():
+    """Where teacher and student agree everywhere, and where they do so within 50 tokens of τ."""
+    credit = torch.zeros(200)
+    nothing = hsd.localisation(credit, 100)
+    assert nothing == {"credit/at_tau": 0.0, "credit/before_tau": 0.0, "credit/after_tau": 0.0}
+    credit[0] = 1.0
+    far = hsd.localisation(credit, 100)
+    assert far["mass/w32"] == 0.0 and not any(name.startswith("mass50") for name in far)
+    assert all(math.isfinite(value) for value in far.values())
+
+
 @given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
 def test_the_divergence_point_is_the_end_of_the_common_prefix(a, b):
     tau = hsd.divergence_point(a, b)
