@@ -363,8 +363,9 @@ class Group(NamedTuple):
 def main(args: Args) -> None:
     if args.wrong_share is not None:
         within(args, wrong_share=(0, 1))
-    within(args, srt_questions=(1, 1e9), inits=(1, 1e3), revisions=(1, 1e3), kept_traces=(1, 1e9),
-           per_question=(1, 1e3), srt_temperature=(0.01, 9), srt_top_p=(0.01, 1), srt_max_tokens=(1, 1e6),
+    within(args, srt_questions=(1, 1e9), inits=(1, 1e3), revisions=(1, 1e3),
+           kept_traces=(1, 1e9), per_question=(1, 1e3), srt_temperature=(0.01, 9),
+           srt_top_p=(0.01, 1), srt_max_tokens=(1, 1e6),
            top_k=(0, 1e6), collect_batch=(1, 1e6), srt_epochs=(1, 1e3), srt_batch=(1, 1e6), srt_lr=(0, 1),
            srt_warmup=(0, 1), srt_weight_decay=(0, 1), sd_questions=(1, 1e9), rounds=(1, 1e3))
     require(not args.baseline or (args.phase == "srt" and not args.traces), f"--baseline {args.baseline} replaces "

@@ -212,10 +212,11 @@ def test_weights_of_a_batch_with_nothing_kept_are_zero(one_process):
     assert (w == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# -------------------------------------------------------------------------------------------------
 # log ratios of any size
-# ---------------------------------------------------------------------------------------------------------------------
-RATIOS = torch.tensor([-1e4, -100.0, -20.0, -1.0, 0.1, 1.0, 19.5, 20.0, 20.5, 89.0, 1e3, 1e4])  # nats
+# -------------------------------------------------------------------------------------------------
+RATIOS = torch.tensor([-1e4, -100, -20, -1, 0.1, 1, 19.5, 20, 20.5, 89, 1e4])  # nats
 
 
 def stats_of(logp: torch.Tensor, **other: torch.Tensor) -> TokenStats:
@@ -223,53 +224,58 @@ def stats_of(logp: torch.Tensor, **other: torch.Tensor) -> TokenStats:
     return TokenStats(*[zeros] * len(TokenStats._fields))._replace(logp=logp, **other)
 
 
-def loss_at(name: str, logp: torch.Tensor, A: float, old=None, sampler=None, teacher=None, **flags):
-    """The loss of each token [T], each a response of its own, against log-probabilities of 0."""
+def loss_at(name: str, logp: torch.Tensor, A: float, sampler=None, teacher=None, **flags):
+    """(loss, args): of each token [T], each a response of its own, with log π_old of 0."""
     one, zeros = torch.ones_like(logp.detach()), torch.zeros_like(logp.detach())
-    old, sampler = (zeros if x is None else x for x in (old, sampler))
+    if sampler is None:
+        sampler = zeros
     if name == "rlsd":
         args = rlsd.Args(**flags)
-        batch = rlsd.Tokens(A * one, one, sampler, old, teacher, None)
+        batch = rlsd.Tokens(A * one, one, sampler, zeros, teacher, None)
         return rlsd.loss(stats_of(logp), batch, 1.0, args), args
     args = grpo.Args(**{**grpo.VARIANTS[name], "loss": name, **flags})
-    batch = grpo.Tokens(A * one, one, sampler, old, zeros, torch.arange(len(logp)))
+    batch = grpo.Tokens(A * one, one, sampler, zeros, None, torch.arange(len(logp)))
     return grpo.loss(stats_of(logp), batch, args), args
 
 
 @pytest.mark.parametrize("A", [1.0, -1.0, 0.0])
 @pytest.mark.parametrize("name", [*grpo.VARIANTS, "rlsd"])
 def test_no_log_ratio_overflows_the_loss_or_its_gradient(name, A):
-    """Up to the bound they are those of float64, and beyond it the slope of an unclipped token stays that of the bound:
-    neither infinite, which would skip the whole update, nor 0."""
+    """Up to the bound they are those of float64. Beyond it the slope of a token that is not clipped
+    stays that of the bound: neither infinite, which would skip the whole update, nor 0."""
     logp = RATIOS.clone().requires_grad_()
-    value, args = loss_at(name, logp, A, tis=0.0, **({} if name == "rlsd" else {"beta": 0.0}))
+    value, args = loss_at(name, logp, A, tis=0.0)
     grad, = torch.autograd.grad(value.sum(), logp)
     assert value.isfinite().all() and grad.isfinite().all()
     for u, x in enumerate(RATIOS.tolist()):
         ratio = math.exp(min(x, 20.0))
         clipped = min(max(ratio, 1 - args.clip_low), 1 + args.clip_high)
         if name == "cispo":
-            expected, slope = -min(ratio, clipped) * A * x, -min(ratio, 1 + args.clip_high) * A
-            expected = -min(ratio, 1 + args.clip_high) * A * x
+            slope = -min(ratio, 1 + args.clip_high) * A
+            expected = slope * x
         else:
+            slope = 0.0 if ratio * A > clipped * A else -ratio * A
             expected = -min(ratio * A, clipped * A)
-            slope = -ratio * A if ratio * A <= clipped * A else 0.0
         assert grad[u].item() == pytest.approx(slope, rel=1e-5, abs=1e-30)
         if x <= 20:
             assert value[u].item() == pytest.approx(expected, rel=1e-5, abs=1e-30)
 
 
 def test_the_bounded_exponential_is_smooth_and_never_flat():
+    """Its slope is continuous and does not fall, and its differences are the slope's integral."""
     x = torch.linspace(15, 25, 1001, dtype=torch.float64, requires_grad=True)
     y = grpo.bounded_exp(x)
     slope, = torch.autograd.grad(y.sum(), x)
-    assert (y.diff() > 0).all() and (slope.diff() >= 0).all() and slope.max().item() == pytest.approx(math.exp(20))
-    torch.testing.assert_close(y.diff(), (slope[1:] + slope[:-1]) / 2 * x.diff(), rtol=1e-4, atol=0)
-    assert torch.equal(grpo.bounded_exp(x[x <= 20]), x[x <= 20].exp())
+    assert (y.diff() > 0).all() and (slope.diff() >= 0).all()
+    assert slope.max().item() == pytest.approx(math.exp(20))
+    between = (slope[1:] + slope[:-1]) / 2
+    torch.testing.assert_close(y.diff(), between * x.diff(), rtol=1e-4, atol=0)
+    inside = x[x <= 20]
+    assert torch.equal(grpo.bounded_exp(inside), inside.exp())
 
 
 def test_no_log_ratio_overflows_the_penalty_or_its_gradient():
-    """k3 of log π_ref/π_θ: e^x − x − 1 with the slope 1 − e^x on log π_θ."""
+    """k3 of x = log π_ref/π_θ: e^x − x − 1, with the slope 1 − e^x on log π_θ."""
     logp = (-RATIOS).requires_grad_()
     value = grpo.k3(logp, torch.zeros_like(RATIOS))
     grad, = torch.autograd.grad(value.sum(), logp)
@@ -281,70 +287,80 @@ def test_no_log_ratio_overflows_the_penalty_or_its_gradient():
 
 
 @pytest.mark.parametrize("name", [*grpo.VARIANTS, "rlsd"])
-def test_no_gap_to_the_sampler_or_the_teacher_overflows(name):
-    """The truncated weight is min(e^x, C), and w is clipped on both sides."""
+def test_no_gap_to_the_sampler_overflows(name):
+    """The truncated weight is min(e^x, C)."""
     logp = torch.full_like(RATIOS, 0.1).requires_grad_()
-    flags = {} if name == "rlsd" else {"beta": 0.0}
-    plain, _ = loss_at(name, logp, -1.0, tis=0.0, **flags)
-    value, _ = loss_at(name, logp, -1.0, sampler=-RATIOS, tis=2.0, **flags)
-    expected = [math.exp(min(x, 1.0)) for x in RATIOS.tolist()]
-    torch.testing.assert_close(value, plain * torch.tensor(expected).clamp(max=2.0), rtol=1e-5, atol=1e-30)
+    plain, _ = loss_at(name, logp, -1.0, tis=0.0)
+    value, _ = loss_at(name, logp, -1.0, sampler=-RATIOS, tis=2.0)
+    weight = torch.tensor([min(math.exp(min(x, 1.0)), 2.0) for x in RATIOS.tolist()])
+    torch.testing.assert_close(value, plain * weight, rtol=1e-5, atol=1e-30)
     grad, = torch.autograd.grad(value.sum(), logp)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("A", [1.0, -1.0])
+def test_no_gap_to_the_teacher_overflows(A):
+    """w is e^(sign(A)·Δ), clipped to 1 ± ε_w; at λ = 1 it is all of the weight."""
+    logp = torch.full_like(RATIOS, 0.1).requires_grad_()
+    value, _ = loss_at("rlsd", logp, A, teacher=RATIOS, tis=0.0)
+    grad, = torch.autograd.grad(value.sum(), logp)
+    assert grad.isfinite().all()
+    for u, x in enumerate(RATIOS.tolist()):
+        w = math.exp(min(A * (x - 0.1), 1.0))
+        expected = -A * math.exp(0.1) * min(max(w, 0.8), 1.2)
+        assert value[u].item() == pytest.approx(expected, rel=1e-4)
+
+
+def diagnostics_of(name: str, old: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Of tokens whose log-probabilities are RATIOS, against log π_old (None: the same) and 0."""
+    one, zeros = torch.ones_like(RATIOS), torch.zeros_like(RATIOS)
+    token = stats_of(RATIOS, teacher_logp=-RATIOS)
+    if name == "sdzero":
+        return sdzero.diagnostics(token, one, RATIOS)
+    if name == "hsd":
+        return hsd.diagnostics(token, hsd.Tokens(one, one, one, zeros, zeros))
+    if name == "sdpo":
+        return sdpo.diagnostics(token, sdpo.Tokens(one, one, one, zeros, old, zeros.long()), one)
     if name == "rlsd":
-        for A in (1.0, -1.0):
-            value, _ = loss_at(name, logp, A, teacher=RATIOS, tis=0.0)
-            grad, = torch.autograd.grad(value.sum(), logp)
-            w = [min(max(math.exp(min(math.copysign(1, A) * (x - 0.1), 1.0)), 0.8), 1.2) for x in RATIOS.tolist()]
-            torch.testing.assert_close(value, -A * math.exp(0.1) * torch.tensor(w), rtol=1e-4, atol=0)
-            assert grad.isfinite().all()
+        args = rlsd.Args(tis=0.0, dual_clip=3.0)
+        return rlsd.diagnostics(token, rlsd.Tokens(one, one, zeros, old, zeros, None), 0.5, args)
+    batch = grpo.Tokens(one, one, zeros, old, zeros, torch.arange(len(one)))
+    return grpo.diagnostics(token, batch, grpo.Args(loss=name, tis=0.0))
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rlsd", "sdpo", "hsd", "sdzero"])
 def test_no_diagnostic_overflows(name):
-    """Of ratios and gaps of any size, the truncation off; mismatch/kl is e^x − x − 1 up to the bound."""
-    one, zeros = torch.ones_like(RATIOS), torch.zeros_like(RATIOS)
-    token = stats_of(RATIOS, teacher_logp=-RATIOS)
-    if name == "sdzero":
-        found = sdzero.diagnostics(token, one, RATIOS)
-    elif name == "hsd":
-        found = hsd.diagnostics(token, hsd.Tokens(one, one, one, zeros, zeros))
-    elif name == "sdpo":
-        found = sdpo.diagnostics(token, sdpo.Tokens(one, one, one, zeros, None, zeros.long()), one)
-    elif name == "rlsd":
-        args = rlsd.Args(tis=0.0, dual_clip=3.0)
-        batches = [rlsd.Tokens(one, one, zeros, old, zeros, None) for old in (None, -RATIOS)]
-        found, more = (rlsd.diagnostics(token, batch, 0.5, args) for batch in batches)
-    else:
-        args = grpo.Args(loss=name, tis=0.0)
-        batches = [grpo.Tokens(one, one, zeros, old, zeros, torch.arange(len(one))) for old in (None, -RATIOS)]
-        found, more = (grpo.diagnostics(token, batch, args) for batch in batches)
-    for metric, value in [*found.items(), *(more.items() if name in ("grpo", "gspo", "cispo", "rlsd") else [])]:
+    """Without truncation too; up to the bound mismatch/kl is e^x − x − 1."""
+    found = diagnostics_of(name, None)
+    for metric, value in [*found.items(), *diagnostics_of(name, -RATIOS).items()]:
         assert value.isfinite().all(), metric
     for u, x in enumerate(RATIOS.tolist()):
         if x <= 20:
             assert found["mismatch/kl"][u].item() == pytest.approx(math.expm1(x) - x, rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # updates and groups without a signal
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("gradient", [None, 0.0])
 def test_an_update_without_a_gradient_moves_nothing(gradient):
     """Neither old moments nor weight decay act on the weights, and it is counted."""
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+
+    def state() -> list[torch.Tensor]:
+        return [layer.weight.clone(), *map(torch.clone, optimizer.state[layer.weight].values())]
+
     log: dict = {}
     layer(torch.ones(1, 3)).sum().backward()
     optimizer_step(layer, optimizer, 0.1, 1.0, log)
     assert log["grad_norm"] > 0 and log["empty_updates"] == 0
-    state = lambda: [layer.weight.clone(), *(x.clone() for x in optimizer.state[layer.weight].values())]
     before = state()
     if gradient is not None:
         for p in layer.parameters():
             p.grad = torch.full_like(p, gradient)
     optimizer_step(layer, optimizer, 0.1, 1.0, log)
-    assert log["grad_norm"] == 0 and log["empty_updates"] == 1 and log["skipped_updates"] == 0
+    assert (log["grad_norm"], log["empty_updates"], log["skipped_updates"]) == (0, 1, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, state()))
 
 
@@ -357,29 +373,31 @@ def run(out, *flags):
 
 def test_a_step_whose_every_response_is_cut_off_leaves_the_weights_alone(tmp_path):
     """With a penalty as well, if cut-off responses are out of the loss."""
-    run(tmp_path, "--name", "r", "--batch_size", "4", "--max_tokens", "3", "--overlong", "mask", "--beta", "0.1", "--steps", "2",
-        "--weight_decay", "0.5", "--save_every", "1")
-    rows, (a, b) = metrics(tmp_path / "r"), (weights(tmp_path / "r", n) for n in (1, 2))
-    assert [(r["frac_truncated"], r["grad_norm"], r["empty_updates"]) for r in rows[:2]] == [(1, 0, 1)] * 2
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    run(tmp_path, "--name", "r", "--batch_size", "4", "--max_tokens", "3", "--overlong", "mask",
+        "--beta", "0.1", "--steps", "2", "--weight_decay", "0.5", "--save_every", "1")
+    for row in metrics(tmp_path / "r")[:2]:
+        assert (row["frac_truncated"], row["grad_norm"], row["empty_updates"]) == (1, 0, 1)
+    a, b = (weights(tmp_path / "r", n) for n in (1, 2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def some_groups(rewards: list[list[float]]) -> list[grpo.Group]:
-    return [grpo.Group(Problem(str(i), []), [], [Verdict(r) for r in each]) for i, each in enumerate(rewards)]
-
-
-def test_groups_keep_the_order_of_their_questions():
-    mixed, equal = [1.0, 0.0], [1.0, 1.0]
-    chosen = lambda rewards, share: [int(g.problem.id) for g in grpo.choose_groups(some_groups(rewards), share)]
-    assert chosen([equal, mixed, equal, mixed], 4) == [0, 1, 2, 3]
-    assert chosen([equal, mixed, equal, mixed, mixed], 3) == [1, 3, 4]
-    assert chosen([equal, mixed, equal, mixed], 3) == [0, 1, 3]  # an equal one fills the share
+@pytest.mark.parametrize("mixed, share, chosen", [
+    ("-+-+", 4, [0, 1, 2, 3]), ("-+-++", 3, [1, 3, 4]),
+    ("-+-+", 3, [0, 1, 3])])  # an equal group fills the share
+def test_groups_keep_the_order_of_their_questions(mixed, share, chosen):
+    groups = []
+    for i, sign in enumerate(mixed):
+        verdicts = [Verdict(1.0), Verdict(float(sign == "-"))]
+        groups.append(grpo.Group(Problem(str(i), []), [], verdicts))
+    assert [int(g.problem.id) for g in grpo.choose_groups(groups, share)] == chosen
 
 
 def test_the_log_shows_the_first_questions_of_a_step(tmp_path):
     run(tmp_path, "--name", "r", "--batch_size", "16", "--max_tokens", "64", "--steps", "3")
     train = load_task("chain", heldout=4).train
-    rows = [json.loads(line) for line in (tmp_path / "r" / "rollouts.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "r" / "rollouts.jsonl").read_text().splitlines()
+    shown: dict[int, dict[str, None]] = {}
+    for row in map(json.loads, lines):
+        shown.setdefault(row["step"], {})[row["id"]] = None
     for step in range(3):
-        shown = list(dict.fromkeys(row["id"] for row in rows if row["step"] == step))
-        assert shown == [p.id for p in take(train, 0, step * 16, 2)]
+        assert list(shown[step]) == [p.id for p in take(train, 0, step * 16, 2)]

@@ -85,7 +85,8 @@ def brute_force(b, args: sdpo.Args, mix, updates_before: bool):
             term = term * min(float(ratio.detach()), args.is_clip) * float(b["signal"][i])
             if args.lam:
                 A, clipped = float(b["A"][i]), ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-                term = (1 - args.lam) * term - args.lam * torch.min(ratio * A, clipped * A)  # Eq. 12
+                share = torch.min(ratio * A, clipped * A)  # Eq. 12
+                term = (1 - args.lam) * term - args.lam * share
             if args.tis:
                 term = term * min(math.exp(old - float(b["base"][u] + b["sampler"][u])), args.tis)
             L = L + term / (tokens if args.mean == "token" else n * responses)
@@ -246,7 +247,7 @@ def test_a_group_without_success_or_feedback_has_no_loss_and_is_counted(tmp_path
 
 
 def test_feedback_on_a_response_that_passed_is_not_shown(tmp_path, monkeypatch):
-    """Whatever a verifier says of a success, and whatever the context: a lone success has no signal."""
+    """Whatever a verifier says of a success: a lone success has no signal in any context."""
     said = lambda self, problems, texts: [Verdict(1.0, "well done")] * len(texts)
     monkeypatch.setattr(sdpo.Verifier, "__call__", said)
     for context in ("either", "feedback", "both"):
@@ -261,21 +262,23 @@ def test_feedback_on_a_response_that_passed_is_not_shown(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("lam", [0.5, 0.9])
 def test_no_log_ratio_overflows_the_loss_or_its_gradient(lam):
-    """Up to the bound they are those of float64; beyond it GRPO's share goes on with the bound's slope."""
-    x = torch.tensor([-1e4, -100.0, -20.0, -1.0, 0.1, 1.0, 19.5, 20.0, 89.0, 1e3, 1e4])
+    """Up to the bound they are those of float64. Beyond it the slope of GRPO's share stays."""
+    x = torch.tensor([-1e4, -100, -20, -1, 0.1, 1, 19.5, 20, 89, 1e3, 1e4])
     for A in (1.0, -1.0):
         logp, zeros = x.clone().requires_grad_(), torch.zeros_like(x)
         token = TokenStats(*[zeros] * len(TokenStats._fields))._replace(logp=logp)
-        batch = sdpo.Tokens(torch.ones_like(x), zeros, torch.full_like(x, A), zeros, zeros, zeros.long())
+        one, rollout = torch.ones_like(x), zeros.long()
+        batch = sdpo.Tokens(one, zeros, A * one, zeros, zeros, rollout)
         value = sdpo.loss(token, batch, sdpo.Args(lam=lam))
         grad, = torch.autograd.grad(value.sum(), logp)
         assert value.isfinite().all() and grad.isfinite().all()
         for u, ratio in enumerate(map(math.exp, x.clamp(max=20).tolist())):
             clipped = min(max(ratio, 0.8), 1.28)
-            moves = ratio * A <= clipped * A
-            assert grad[u].item() == pytest.approx(-lam * ratio * A * moves, rel=1e-5, abs=1e-30)
+            slope = 0.0 if ratio * A > clipped * A else -lam * ratio * A
+            assert grad[u].item() == pytest.approx(slope, rel=1e-5, abs=1e-30)
             if x[u] <= 20:
-                assert value[u].item() == pytest.approx(-lam * min(ratio * A, clipped * A), rel=1e-5, abs=1e-30)
+                expected = -lam * min(ratio * A, clipped * A)
+                assert value[u].item() == pytest.approx(expected, rel=1e-5, abs=1e-30)
 
 
 def test_feedback_longer_than_the_context_is_an_error_in_words(tmp_path, monkeypatch):

@@ -136,15 +136,15 @@ def test_only_verified_revisions_enter_within_the_caps(rows, kept, wrong_share, 
 
 
 def test_every_trace_that_ends_right_is_kept_by_default():
-    """The paper's filter, up to --kept_traces and in the order of the questions, however few were corrected."""
+    """The paper's filter, up to --kept_traces, in the order of the questions."""
     few = [some_trace(id=str(i), r=int(i >= 400)) for i in range(9400)]
     assert sdzero.select(few, sdzero.Args(kept_traces=10**6)) == few
     assert sdzero.select(few, sdzero.Args()) == few[:6000]
     assert len(sdzero.select(few, sdzero.Args(wrong_share=0.5))) == 800
-    none = [t for t in few if t.r == 1]
-    assert sdzero.select(none, sdzero.Args(kept_traces=10**6)) == none
-    wrong = [some_trace(id=str(i), right=i % 2 == 0) for i in range(10)]
-    assert sdzero.select(wrong, sdzero.Args()) == wrong[::2]
+    none_corrected = few[400:]
+    assert sdzero.select(none_corrected, sdzero.Args(kept_traces=10**6)) == none_corrected
+    half_right = [some_trace(id=str(i), right=i % 2 == 0) for i in range(10)]
+    assert sdzero.select(half_right, sdzero.Args()) == half_right[::2]
 
 
 def test_the_demo_keeps_its_even_mix():
@@ -153,69 +153,106 @@ def test_the_demo_keeps_its_even_mix():
 
 
 def table(text: str) -> dict[str, list[float]]:
-    """The rows of a budget table by their names."""
-    rows = (re.fullmatch(r"(\S.*?)  +([\d, .]+|.*nan)", line) for line in text.splitlines()[1:])
-    return {row[1]: [float(x.replace(",", "")) for x in row[2].split()] for row in rows if row}
+    """The numbers of a budget table by the names of its rows."""
+    found = {}
+    for line in text.splitlines():
+        row = re.fullmatch(r"(start|SRT|RFT|SFT|SRT \+ SD|SD only)((?: +(?:[\d.,]+|nan)){4})", line)
+        if row:
+            found[row[1]] = [float(x) for x in row[2].replace(",", "").split()]
+    return found
 
 
-@pytest.mark.parametrize("baseline, phase_1", [("", "SRT"), ("rft", "RFT"), ("sft", "SFT")])
-def test_the_budget_counts_all_that_led_to_a_score(baseline, phase_1):
-    """By hand: two traces of 3 + 2 + 4 tokens, y_rev in both terms, so 13 each, whatever the epochs; a row is the sum of
-    the phases up to its score; RFT and SFT have rows of their own."""
+SPENT = {"budget/generations": 5, "budget/sampled_tokens": 40, "budget/loss_tokens": 80}
+BATCHES = [dict(generations=8, sampled_tokens=70), dict(generations=4, sampled_tokens=30)]
+
+
+@pytest.mark.parametrize("baseline, name", [("", "SRT"), ("rft", "RFT"), ("sft", "SFT")])
+def test_phase_1_of_the_budget_has_its_own_name_and_counts_one_pass(baseline, name):
+    """By hand: two traces of 3 + 2 + 4 tokens, y_rev in both terms, so 13 each."""
     args = sdzero.Args(baseline=baseline, srt_epochs=3)
-    traces = [some_trace(), some_trace(id="r")]
-    batches = [dict(generations=8, sampled_tokens=70), dict(generations=4, sampled_tokens=30)]
-    history = [{"step": 0, "heldout/pass@1": 0.25, "budget/loss_tokens": 13}, {"step": 1, "budget/loss_tokens": 13}]
-    history += [{"step": 2, "heldout/pass@1": 0.5}]
-    text = sdzero.budget_table(args, history, batches, traces, 2, 2)
-    assert table(text) == {"start": [0, 0, 0, 0.25], phase_1: [12, 100, 26, 0.5]}
-    assert text.endswith(f"Loss tokens of {phase_1}: of one pass over its traces; the run made 3 passes.")
-    spent = {"budget/generations": 5, "budget/sampled_tokens": 40, "budget/loss_tokens": 80}
-    history[2:] = [{"step": 2, "heldout/pass@1": 0.5, **spent}, {"step": 3, **spent}, {"step": 4, "heldout/pass@1": 0.75}]
-    if not baseline:
-        both = table(sdzero.budget_table(args, history, batches, traces, 2, 4))
-        assert both == {"start": [0, 0, 0, 0.25], "SRT": [12, 100, 26, 0.5], "SRT + SD": [22, 180, 186, 0.75]}
+    history = [{"step": 0, "heldout/pass@1": 0.25, "budget/loss_tokens": 13},
+               {"step": 1, "budget/loss_tokens": 13}, {"step": 2, "heldout/pass@1": 0.5}]
+    text = sdzero.budget_table(args, history, BATCHES, [some_trace()] * 2, 2, 2)
+    assert table(text) == {"start": [0, 0, 0, 0.25], name: [12, 100, 26, 0.5]}
+    assert f"Loss tokens of {name}: of one pass over its traces; the run made 3 passes." in text
+
+
+def test_the_budget_counts_all_that_led_to_a_score():
+    history = [{"step": 0, "heldout/pass@1": 0.25}, {"step": 2, "heldout/pass@1": 0.5, **SPENT},
+               {"step": 3, **SPENT}, {"step": 4, "heldout/pass@1": 0.75}]
+    text = sdzero.budget_table(sdzero.Args(), history, BATCHES, [some_trace()] * 2, 2, 4)
+    assert table(text) == {"start": [0, 0, 0, 0.25], "SRT": [12, 100, 26, 0.5],
+                           "SRT + SD": [22, 180, 186, 0.75]}
 
 
 @pytest.mark.parametrize("terms, counted", [("both", 26), ("generation", 18), ("revision", 8)])
 def test_the_budget_counts_the_tokens_of_each_term(terms, counted):
-    args = sdzero.Args(terms=terms)
-    found = table(sdzero.budget_table(args, [], [dict(generations=1, sampled_tokens=1)], [some_trace()] * 2, 1, 1))
-    assert found["SRT"][2] == counted
+    text = sdzero.budget_table(sdzero.Args(terms=terms), [], BATCHES, [some_trace()] * 2, 1, 1)
+    assert table(text)["SRT"][2] == counted
 
 
 def test_phase_2_alone_has_a_row_of_its_own():
-    history = [{"step": 0, "heldout/pass@1": 0.25, "budget/generations": 5, "budget/sampled_tokens": 40,
-                "budget/loss_tokens": 80}, {"step": 1, "heldout/pass@1": 0.5}]
+    history = [{"step": 0, "heldout/pass@1": 0.25, **SPENT}, {"step": 1, "heldout/pass@1": 0.5}]
     text = sdzero.budget_table(sdzero.Args(phase="sd"), history, [], [], 0, 1)
-    assert table(text) == {"start": [0, 0, 0, 0.25], "SD only": [5, 40, 80, 0.5]} and "one pass" not in text
+    assert table(text) == {"start": [0, 0, 0, 0.25], "SD only": [5, 40, 80, 0.5]}
+    assert "one pass" not in text
 
 
-PAPERS_KEYWORDS = """wait / hold on / actually / on second thought / let me recheck / let's recheck / let me check / let's check /
-let me recalculate / let's recalculate / let me correct / my mistake / i made a mistake / this is wrong / that is wrong /
-that's wrong / incorrect / re-evaluate / let's re-evaluate / let me rethink / let's rethink / let me double check /
-let's double check / wait a minute / let me start over / let me try again / oops""".replace("\n", " ").split(" / ")
+PAPERS_KEYWORDS = """wait
+hold on
+actually
+on second thought
+let me recheck
+let's recheck
+let me check
+let's check
+let me recalculate
+let's recalculate
+let me correct
+my mistake
+i made a mistake
+this is wrong
+that is wrong
+that's wrong
+incorrect
+re-evaluate
+let's re-evaluate
+let me rethink
+let's rethink
+let me double check
+let's double check
+wait a minute
+let me start over
+let me try again
+oops""".splitlines()
 
 
 def test_the_phrases_of_self_revision_are_the_papers_27():
-    assert sorted(sdzero.KEYWORDS) == sorted(PAPERS_KEYWORDS) and len(set(sdzero.KEYWORDS)) == 27
+    assert sorted(sdzero.KEYWORDS) == sorted(PAPERS_KEYWORDS) and len(PAPERS_KEYWORDS) == 27
     for phrase in PAPERS_KEYWORDS:
         assert sdzero.speaks_of_revision(f"So 5. {phrase.capitalize()}, 6.")
         assert sdzero.speaks_of_revision(phrase.replace("'", "’"))
 
 
-@pytest.mark.parametrize("text", [sdzero.CONTROL[1], "Loops await the waiter.", "The factually correct answer", "re-evaluated"])
-def test_a_control_phrase_of_a_right_answer_and_parts_of_words_are_no_self_revision(text):
+@pytest.mark.parametrize("text", [
+    sdzero.CONTROL[1], "Loops await the waiter.", "The factually correct answer", "re-evaluated"])
+def test_rephrasing_and_parts_of_words_are_no_self_revision(text):
     assert not sdzero.speaks_of_revision(text)
+
+
+def test_starting_over_is_self_revision():
+    """The paper's list has two phrases of its own P_0, so it counts."""
+    assert sdzero.speaks_of_revision(sdzero.CONTROL[0])
 
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
 
 
-@pytest.mark.parametrize("end, expected", [("<|im_end|>", "<|im_end|>"), ("\n <|im_end|>\n", "<|im_end|>"),
-                                           ("", "<|endoftext|>"), ("\n", "<|endoftext|>"), (" stop", "<|endoftext|>")])
+@pytest.mark.parametrize("end, expected", [
+    ("<|im_end|>", "<|im_end|>"), ("\n <|im_end|>\n", "<|im_end|>"), ("", "<|endoftext|>"),
+    ("\n", "<|endoftext|>"), (" stop", "<|endoftext|>")])
 def test_an_answer_of_the_data_ends_as_the_template_ends_a_turn(end, expected):
-    """Also where the tokenizer's eos is another token; a template that ends no turn leaves the eos."""
+    """Also if the tokenizer's eos is another token. If the template ends no turn, it is the eos."""
     tokenizer = load_tokenizer(CHAIN)
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.chat_template = TURNS.replace("END", end)

@@ -285,7 +285,8 @@ def test_any_generated_dataset_has_its_own_instruction():
         load_task("gym:nothing", heldout=1)
 
 
-@pytest.mark.parametrize("given, shown", [("so", "so"), (["so", "or so"], "so"), ([], None), (None, None)])
+@pytest.mark.parametrize("given, shown", [
+    ("so", "so"), (["so", "or so"], "so"), ([], None), (None, None)])
 def test_of_several_solutions_the_first_is_shown_as_text(given, shown):
     p = as_problem({"problem": "1?", "answer": "27", "ways": given}, "here", "solution=ways", None)
     assert p.solution == shown
