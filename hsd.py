@@ -35,20 +35,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.chat import as_text, chat_ids, load_tokenizer
 from common.policy import (
     Micro,
     blend,
     frozen_copy,
     full_weights,
     load_policy,
-    load_tokenizer,
     make_optimizer,
     micro_batches,
     optimizer_step,
     score,
 )
 from common.run import Run, parse, require, within
-from common.sampler import Rollout, chat_ids, make_sampler
+from common.sampler import Rollout, make_sampler
 from common.tasks import Problem, load_task, take
 from common.verifiers import Verdict, Verifier
 from kernels.head import Divergence, TokenStats, head_loss
@@ -356,7 +356,7 @@ def main(args: Args) -> None:
             f"{run.world} process(es)")
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
                      data_dir=args.data_dir, against=args.against)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.thinking, [*task.heldout, *task.train])
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     if args.dry_run:
@@ -404,7 +404,8 @@ def main(args: Args) -> None:
         a peer was left out because it is too long."""
 
         def prompt(j: int | None) -> list[int] | None:
-            messages = context(group.problem, None if j is None else group.rollouts[j].text, args)
+            peer = None if j is None else as_text(tokenizer, group.rollouts[j].text)
+            messages = context(group.problem, peer, args)
             return None if messages is None else chat_ids(tokenizer, messages, args.thinking)
 
         lengths = [len(o.response_ids) for o in group.rollouts]

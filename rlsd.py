@@ -34,20 +34,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.chat import chat_ids, load_tokenizer
 from common.policy import (
     Micro,
     blend,
     frozen_copy,
     full_weights,
     load_policy,
-    load_tokenizer,
     make_optimizer,
     micro_batches,
     optimizer_step,
     score,
 )
 from common.run import Run, parse, require, within
-from common.sampler import Rollout, chat_ids, make_sampler
+from common.sampler import Rollout, make_sampler
 from common.tasks import Problem, load_task, take
 from common.verifiers import Verdict, Verifier
 from kernels.head import TokenStats, head_loss
@@ -324,7 +324,7 @@ def main(args: Args) -> None:
             f"divide into {run.world} process(es) × {args.minibatches} minibatch(es)")
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
                      data_dir=args.data_dir, against=args.against)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.thinking, [*task.heldout, *task.train])
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     for p in task.train if args.lam > 0 else ():

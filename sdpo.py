@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -40,22 +39,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.chat import as_text, chat_ids, load_tokenizer
 from common.policy import (
     Micro,
     blend,
     frozen_copy,
     full_weights,
     load_policy,
-    load_tokenizer,
     make_optimizer,
     micro_batches,
     optimizer_step,
     score,
 )
 from common.run import Run, parse, require, within
-from common.sampler import Rollout, chat_ids, make_sampler
+from common.sampler import Rollout, make_sampler
 from common.tasks import Problem, load_task, take
-from common.verifiers import Verdict, Verifier
+from common.verifiers import Verdict, Verifier, after_thoughts
 from kernels.head import Divergence, TokenStats, head_loss, token_stats
 
 
@@ -228,7 +227,7 @@ def context(problem: Problem, solution: str | None, feedback: str | None, args: 
     """
     blocks = []
     if solution is not None and args.context != "feedback":
-        blocks.append(SOLUTION.format(solution=re.sub(r"<think>.*?</think>\s*", "", solution, flags=re.DOTALL)))
+        blocks.append(SOLUTION.format(solution=after_thoughts(solution)))
     if feedback and (args.context in ("feedback", "both") or (args.context == "either" and not blocks)):
         blocks.append(FEEDBACK.format(feedback=feedback))
     if not blocks:
@@ -355,7 +354,7 @@ def main(args: Args) -> None:
             f"divide into {run.world} process(es) × {args.minibatches} minibatch(es)")
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
                      data_dir=args.data_dir, against=args.against)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.thinking, [*task.heldout, *task.train])
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     if args.dry_run:
@@ -404,9 +403,11 @@ def main(args: Args) -> None:
         """The teacher's prompt for each rollout of a group (None where there is no signal), and what it shows."""
         out = []
         for i, j in enumerate(choose_siblings([v.reward for v in group.verdicts], rng)):
-            solution = None if j is None or args.context == "feedback" else group.rollouts[j].text
-            failed = group.verdicts[i].reward < 1  # a success needs no correction
-            feedback = group.verdicts[i].feedback if failed else None
+            solution = feedback = None
+            if j is not None and args.context != "feedback":  # thoughts first: their tags may be control tokens
+                solution = as_text(tokenizer, after_thoughts(group.rollouts[j].text))
+            if group.verdicts[i].reward < 1:  # a success needs no correction
+                feedback = as_text(tokenizer, group.verdicts[i].feedback)
             messages = context(group.problem, solution, feedback, args)
             ids = None if messages is None else chat_ids(tokenizer, messages, args.thinking)
             require(ids is None or len(ids) + len(group.rollouts[i].response_ids) <= sampler.context, f"problem "
@@ -489,8 +490,9 @@ def main(args: Args) -> None:
         def feedback_turn(problems: list[Problem], said: list[list[str]], n: int) -> list[Group]:
             """Each problem's next attempts, shown the last feedbacks on those before (not the attempts)."""
             only = replace(args, context="feedback")
-            shown = [replace(p, messages=context(p, None, "\n".join(s), only) or p.messages)
-                     for p, s in zip(problems, said)]
+            feedbacks = [as_text(tokenizer, "\n".join(s)) for s in said]
+            shown = [replace(p, messages=context(p, None, feedback, only) or p.messages)
+                     for p, feedback in zip(problems, feedbacks)]
             return judged_groups(shown, args.group_size, (args.seed, 4, n), range(len(shown)))
 
         discover(args, run, task.heldout, judged_groups, feedback_turn, learn, reset)

@@ -40,19 +40,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.chat import chat_ids, load_tokenizer
 from common.policy import (
     Micro,
     blend,
     frozen_copy,
     full_weights,
     load_policy,
-    load_tokenizer,
     make_optimizer,
     micro_batches,
     optimizer_step,
 )
 from common.run import Run, parse, require, within
-from common.sampler import Rollout, chat_ids, make_sampler
+from common.sampler import Rollout, make_sampler
 from common.tasks import Problem, in_hash_order, load_task, take
 from common.verifiers import Verdict, Verifier
 from kernels.head import Divergence, TokenStats, head_loss
@@ -381,7 +381,7 @@ def main(args: Args) -> None:
     require(args.srt_questions + sd_count <= len(train), "the phases must not share a question, also where each runs "
             f"alone: lower --srt_questions {args.srt_questions} or --sd_questions {sd_count}; there are {len(train)}")
     srt_problems, sd_problems = train[: args.srt_questions], train[args.srt_questions : args.srt_questions + sd_count]
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.thinking, [*task.heldout, *task.train])
     a_round = len(sd_problems) // args.batch_size
     require(args.phase == "srt" or a_round > 0, f"--batch_size {args.batch_size} is more than --sd_questions")
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)

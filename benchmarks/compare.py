@@ -36,8 +36,8 @@ import torch
 import transformers
 import tyro
 
-from common.policy import load_tokenizer
-from common.sampler import HFSampler, chat_ids
+from common.chat import chat_ids, load_tokenizer
+from common.sampler import HFSampler
 from common.tasks import load_task
 from common.verifiers import Verifier
 

@@ -35,8 +35,8 @@ import transformers
 import tyro
 from tqdm import tqdm
 
-from common.policy import load_tokenizer
-from common.sampler import HFSampler, chat_ids
+from common.chat import chat_ids, load_tokenizer
+from common.sampler import HFSampler
 from common.tasks import in_hash_order, load_problems
 from common.verifiers import Verifier, final_part, last_block, last_boxed
 
@@ -113,7 +113,7 @@ def main(args: Args) -> dict:
     done = resume(folder, args)
     missing = [i for i, p in enumerate(problems) if p.id not in done]
     if missing:
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(args.model, args.thinking, problems)
         sampler = engine(args, tokenizer)
         for part in tqdm([missing[i : i + args.chunk] for i in range(0, len(missing), args.chunk)], disable=None):
             start = time.perf_counter()

@@ -38,8 +38,8 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 import rlsd
-from common.policy import load_tokenizer
-from common.sampler import HFSampler, chat_ids
+from common.chat import as_text, chat_ids, load_tokenizer
+from common.sampler import HFSampler
 from common.tasks import load_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def probe(args: Args) -> dict:
     rng, settings = random.Random(0), rlsd.Args()
 
     def logp(problem, answer: str, ids: list[int]) -> torch.Tensor:  # [|y|, V]
-        shown = rlsd.Problem(problem.id, problem.messages, answer)
+        shown = rlsd.Problem(problem.id, problem.messages, as_text(tokenizer, answer))
         before = chat_ids(tokenizer, rlsd.context(shown, settings))
         with torch.no_grad():
             return lm(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1].double().log_softmax(-1)

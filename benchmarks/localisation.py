@@ -32,8 +32,9 @@ import torch.distributed as dist
 import tyro
 
 import hsd
-from common.policy import load_policy, load_tokenizer, score
-from common.sampler import HFSampler, chat_ids
+from common.chat import as_text, chat_ids, load_tokenizer
+from common.policy import load_policy, score
+from common.sampler import HFSampler
 from common.tasks import load_task
 from common.verifiers import Verifier
 
@@ -100,7 +101,8 @@ def main(args: Args) -> None:
         if kind == "solution" and any(p.solution is None for p, *_ in cases):
             continue
         settings = hsd.Args(context=kind)
-        shown = [chat_ids(tokenizer, hsd.context(p, peer.text, settings)) for p, _, peer, *_ in cases]
+        peers = [as_text(tokenizer, peer.text) for _, _, peer, *_ in cases]
+        shown = [chat_ids(tokenizer, hsd.context(p, peer, settings)) for (p, *_), peer in zip(cases, peers)]
         credit[kind] = [(a - b).cpu() for a, b in zip(read(shown), plain)]
     credit["hybrid"] = [0.5 * a + 0.5 * case[5] for a, case in zip(credit["answer"], cases)]
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common import require
 from kernels.adamw import LeanAdamW
@@ -46,15 +46,6 @@ class Policy(nn.Module):
                          position_ids=places, past_key_values=before.past_key_values, use_cache=True)
             hidden = torch.cat([x.last_hidden_state.flatten(0, 1) for x in (before, after)])  # [P·Lp + B·L, D]
         return head(hidden[micro.index], self.lm.get_output_embeddings().weight)
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path` (a folder or a hub id). Raises SystemExit where there is none or no chat template."""
-    check_path(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    require(tokenizer.chat_template, f"--model {path}: its tokenizer has no chat template; use an instruction-tuned "
-            "checkpoint, or set tokenizer.chat_template and save it again")
-    return tokenizer
 
 
 def load_policy(path: str, device: torch.device, *, checkpointing: bool = False, lora_rank: int = 0,

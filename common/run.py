@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm import tqdm
 
 from common import require
+from common.chat import chat_ids
 from common.policy import Policy, full_weights
-from common.sampler import chat_ids
 
 
 def parse(args_class: type, presets: Callable, argv: list[str] | None = None):

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 from transformers.cache_utils import DynamicLayer
 
 from common import require
+from common.chat import end_tokens, response_text
 from kernels.draw import draw
 
 
@@ -39,29 +40,12 @@ class Rollout:
         return self.finish_reason == "length"
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking: bool = False) -> list[int]:
-    """Token ids of a chat that the model is to answer. The same call makes the student's and the teacher's prompt."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking,
-                                         tokenize=True, return_dict=False)
-
-
-def opening(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
-    """What a chat template wrote of the response: thoughts that it opened belong to the text that verifiers read."""
-    return "<think>" if tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>") else ""
-
-
 def make_sampler(args, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> HFSampler | VLLMSampler:
     """The engine that --sampler names."""
     if args.sampler == "hf":
         return HFSampler(args.model, tokenizer, device, rows=args.sampler_rows)
     return VLLMSampler(args.model, tokenizer, device, rows=args.sampler_rows, tensor_parallel=args.tensor_parallel,
                        memory=args.vllm_memory)
-
-
-def end_tokens(lm_ends: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the model's (some have several) and the tokenizer's."""
-    ends = lm_ends if isinstance(lm_ends, list) else [lm_ends]
-    return sorted({e for e in [*ends, tokenizer.eos_token_id] if e is not None})
 
 
 def check_lengths(prompts: Sequence[list[int]], max_tokens: int, context: int) -> None:
@@ -76,7 +60,7 @@ class HFSampler:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
         self.tokenizer, self.device, self.rows = tokenizer, device, rows
-        self.ends = end_tokens(self.lm.generation_config.eos_token_id, tokenizer)
+        self.ends = end_tokens(path, tokenizer)
         self.context = self.lm.config.get_text_config().max_position_embeddings
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -109,10 +93,10 @@ class HFSampler:
             streams = [np.random.default_rng([*seed, keys[i], j]).random(max_tokens) for i in part for j in range(n)]
             uniforms = torch.from_numpy(np.stack(streams))
             ids, logps = self.decode([prompts[i] for i in part], n, uniforms, temperature, top_p, top_k)
-            for row, text in enumerate(self.tokenizer.batch_decode(ids, skip_special_tokens=True)):
+            for row in range(len(ids)):
                 i = part[row // n]
                 finish = "stop" if ids[row][-1] in self.ends else "length"
-                text = opening(self.tokenizer, prompts[i]) + text
+                text = response_text(self.tokenizer, prompts[i], ids[row])
                 groups[i].append(Rollout(prompts[i], ids[row], logps[row], finish, text))
         return groups
 
@@ -199,7 +183,7 @@ class VLLMSampler:
             max_num_seqs=rows, gpu_memory_utilization=memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
             max_model_len=-1)  # as much of the model's context as the KV cache has room for
         self.context = self.llm.model_config.max_model_len
-        self.ends = end_tokens(self.llm.model_config.try_get_generation_config().get("eos_token_id"), tokenizer)
+        self.ends = end_tokens(path, tokenizer)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take new weights in place, one tensor at a time. Every rank calls, and none holds the whole model twice."""
@@ -243,5 +227,5 @@ class VLLMSampler:
     def rollout(self, prompt: list[int], sample) -> Rollout:
         ids = list(sample.token_ids)
         logprobs = [entry[token].logprob for entry, token in zip(sample.logprobs, ids)]
-        text = opening(self.tokenizer, prompt) + self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = response_text(self.tokenizer, prompt, ids)
         return Rollout(prompt, ids, logprobs, "stop" if ids[-1] in self.ends else "length", text)

@@ -43,15 +43,50 @@ REVISIONS = (  # what starts another attempt within a response: SD-Zero's contro
 )
 
 
+THOUGHTS = (  # what opens and what closes a thought
+    ("<think>", "</think>"),  # DeepSeek-R1, Qwen3 and most others
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),  # EXAONE Deep
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|channel>", "<channel|>"),  # Gemma 4
+    ("<|channel|>", "<|channel|>final<|message|>"),  # gpt-oss: every channel but the final one
+)
+
+
+def open_thought(text: str) -> str:
+    """The tag of a thought that the text opens and does not close, or "".
+
+    >>> open_thought("<think>5</think>6"), open_thought("[THINK]5[/THINK]6 [THINK]7")
+    ('', '[THINK]')
+    """
+    for opening, closing in THOUGHTS:
+        if opening in text.rpartition(closing)[2]:
+            return opening
+    return ""
+
+
+def after_thoughts(text: str) -> str:
+    """What follows the last thought; nothing when a thought is still open."""
+    if open_thought(text):
+        return ""
+    for _, closing in THOUGHTS:
+        _, closed, rest = text.rpartition(closing)
+        if closed:
+            text = rest.lstrip("\n")
+    return text
+
+
 def final_part(text: str) -> str:
-    """What follows the last closing think tag, and of that the last attempt.
+    """What follows the last thought, and of that the last attempt.
 
     >>> final_part("<think>5</think>It is 6. Wait, this is wrong. Let me start over. 7"), final_part("<think>So 5")
     (' 7', '')
     """
-    _, closed, text = text.rpartition("</think>")
-    if not closed and "<think>" in text:
-        return ""
+    text = after_thoughts(text)
     return text[max(text.rfind(phrase) + len(phrase) if phrase in text else 0 for phrase in REVISIONS) :]
 
 

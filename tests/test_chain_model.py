@@ -6,7 +6,7 @@ import torch
 from conftest import CHAIN, ROOT
 from transformers import AutoModelForCausalLM
 
-from common.policy import load_tokenizer
+from common.chat import load_tokenizer
 from common.sampler import HFSampler
 from common.tasks import load_task
 from common.verifiers import judge

@@ -63,7 +63,7 @@ class FakeSampler:
 def run(tmp_path, monkeypatch):
     (tmp_path / "set.jsonl").write_text("\n".join(json.dumps({"question": f"{i}?", "answer": "7"}) for i in range(6)))
     monkeypatch.setattr(evaluate, "engine", lambda args, tokenizer: FakeSampler())
-    monkeypatch.setattr(evaluate, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_: None)
     monkeypatch.setattr(evaluate, "chat_ids", lambda tokenizer, messages, thinking: [1])
     FakeSampler.asked = []
 

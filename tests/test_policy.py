@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import grpo
-from common.policy import full_weights, load_policy, load_tokenizer, micro_batches, moved, optimizer_step, score
-from common.sampler import HFSampler, chat_ids
+from common.chat import chat_ids, load_tokenizer
+from common.policy import full_weights, load_policy, micro_batches, moved, optimizer_step, score
+from common.sampler import HFSampler
 from common.tasks import load_task
 from common.verifiers import Verifier
 

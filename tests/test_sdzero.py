@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_run import assert_same_run, metrics, weights
 
 import sdzero
-from common.policy import load_tokenizer
+from common.chat import load_tokenizer
 from common.run import parse
 from common.sampler import Rollout
 from common.tasks import load_task

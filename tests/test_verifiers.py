@@ -10,14 +10,12 @@ import threading
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_sandbox import bubblewrap_works
 
-from common.sampler import opening
 from common.tasks import Problem, as_problem, chain_problem, gym_problems, load_problems
 from common.verifiers import EVALUATED, REVISIONS, Verdict, Verifier, final_part, last_boxed, last_program
 
@@ -96,15 +94,6 @@ def test_the_last_box_is_what_a_count_of_braces_finds(text):
                 i += 5
         i += 1
     assert last_boxed(text) == (max(found)[1] if found else None)
-
-
-@pytest.mark.parametrize("tail, expected", [("<think>\n", ""), ("\n", " 5")])
-def test_thoughts_that_the_template_opens_belong_to_the_response(tail, expected):
-    """Cut off within them there is no answer; the prompt's own tag is not in the response's text."""
-    tokenizer = SimpleNamespace(decode=lambda ids: "".join(ids))
-    prompt = ["user", "2+3?", "assistant", "\n", *tail.partition("\n")]
-    assert final_part(opening(tokenizer, prompt) + " 5") == expected
-    assert final_part(opening(tokenizer, prompt) + "so </think>6") == "6"
 
 
 def test_the_last_closed_block_is_the_program():

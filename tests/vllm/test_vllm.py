@@ -11,8 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import CHAIN, ROOT, torchrun
 
-from common.policy import full_weights, load_policy, load_tokenizer, micro_batches, optimizer_step, score
-from common.sampler import VLLMSampler, chat_ids
+from common.chat import chat_ids, load_tokenizer
+from common.policy import full_weights, load_policy, micro_batches, optimizer_step, score
+from common.sampler import VLLMSampler
 from common.tasks import load_task
 from kernels.head import token_stats
 
