@@ -198,7 +198,7 @@ class Run:
             require(not wrong, wrong)
         self.checkpoint, wrong = self.first(self.chosen)
         require(not wrong, wrong)
-        self.longest = 0  # tokens of the longest sequence that check_lengths expects
+        self.longest = 0  # tokens of the longest sequence that check_lengths measured
         self.times: dict[str, float] = {}
         self.timing = False
         self.history: list[dict] = []
@@ -479,13 +479,20 @@ class Run:
         config = transformers.AutoConfig.from_pretrained(args.model).get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or math.inf
         room = limit - more - reads * getattr(args, flag)  # tokens of a prompt at most
-        different = list({id(p): p for p in problems}.values())  # a mixture repeats some
-        if len(different) > 50_000:
-            self.say(f"measuring the prompts of {len(different):,} problems, about 0.1 ms each")
-        longest, worst, over = 0, None, 0
-        for problem in different[self.rank :: self.world]:
+        chats = []
+        for problem in {id(p): p for p in problems}.values():  # a mixture repeats some
             messages = problem.messages if chat is None else chat(problem)
-            length = 0 if messages is None else len(chat_ids(tokenizer, messages, args.thinking))
+            if messages is not None:
+                size = sum(len(m["content"].encode()) for m in messages)
+                chats.append((size, len(chats), messages, problem))
+        chats.sort(reverse=True)
+        longest, worst, over = 0, None, 0
+        for size, _, messages, problem in chats[self.rank :: self.world]:
+            if worst is None:  # what a template adds is about the shortest prompt
+                frame = 64 + len(chat_ids(tokenizer, chats[-1][2], args.thinking))
+            elif size + frame <= max(room, longest):  # a token has a byte at least: the rest is shorter
+                break
+            length = len(chat_ids(tokenizer, messages, args.thinking))
             over += length > room
             if length > longest:
                 longest, worst = length, problem

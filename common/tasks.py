@@ -194,7 +194,7 @@ def blend(weights: list[float], lists: list[list]) -> list:
     """
     size = max(len(problems) / weight for weight, problems in zip(weights, lists))
     total = round(sum(weights) * size)
-    require(total < 10**8, f"--task: with these weights a pass over all problems has {total:,} "
+    require(total < 10**7, f"--task: with these weights a pass over all problems has {total:,} "
             "questions; bring the weights nearer to the sizes of the sets")
     return [part[i % len(part)] for weight, part in zip(weights, lists) for i in range(round(weight * size))]
 
