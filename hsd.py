@@ -348,8 +348,9 @@ def main(args: Args) -> None:
            grpo_mix=(0, 1))
     require(not args.entry_clip or args.kl == "forward", "--entry_clip bounds the entries of --kl forward")
     peers = args.context == "peer"
-    require(args.group_size > 1 or not (peers or args.grpo_mix), "--group_size 1: a group of one has "
-            "no peers and no advantages; raise it, or take --context answer with --grpo_mix 0")
+    alone = args.group_size == 1 and (peers or args.grpo_mix > 0)
+    require(not alone, "--group_size 1: a group of one has no peers and no advantages; raise it, "
+            "or take --context answer with --grpo_mix 0")
     run = Run(args, "hsd", fixed=("teacher",))
     require(args.batch_size % run.world == 0, f"--batch_size {args.batch_size} questions do not divide into "
             f"{run.world} process(es)")

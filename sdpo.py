@@ -333,6 +333,9 @@ def main(args: Args) -> None:
     require(not args.test_time or (args.budget >= args.group_size and not args.resume), "--test_time needs a --budget "
             f"of at least --group_size {args.group_size} attempts, and always begins at --model: leave out --resume")
     method = "sdpo-test-time" if args.test_time else "sdpo"
+    alone = args.group_size == 1 and args.context == "solution"
+    require(not alone, "--group_size 1: a response has no sibling whose solution --context "
+            "solution could show; raise it, or take --context either")
     run = Run(args, method, fixed=("teacher",), saves=not args.test_time)
     require(run.world == 1 or not args.test_time, "--test_time runs in one process")
     require(args.batch_size % (run.world * args.minibatches) == 0, f"--batch_size {args.batch_size} questions do not "

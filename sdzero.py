@@ -211,8 +211,8 @@ DEMO = dict(model="assets/chain", task="chain", heldout=256, srt_questions=1024,
 
 
 # Settings that say which step is on which traces or questions: a resume may not change them.
-STAGES = ("traces", "srt_questions", "kept_traces", "wrong_share", "per_question", "srt_epochs", "srt_batch",
-          "sd_questions", "batch_size")
+STAGES = ("traces", "srt_questions", "kept_traces", "wrong_share", "per_question", "srt_epochs",
+          "srt_batch", "sd_questions", "batch_size")
 BASELINES = {"": {}, "rft": dict(inits=4, per_question=4, kept_traces=10**9), "sft": dict(kept_traces=10**9)}
 
 
@@ -346,7 +346,7 @@ class Group(NamedTuple):
 def main(args: Args) -> None:
     within(args, srt_questions=(1, 1e9), inits=(1, 1e3), revisions=(1, 1e3), kept_traces=(1, 1e9), wrong_share=(0, 1),
            per_question=(1, 1e3), srt_temperature=(0.01, 9), srt_top_p=(0.01, 1), srt_max_tokens=(1, 1e6),
-           top_k=(0, 1e6), collect_batch=(1, 1e6), srt_epochs=(1, 1e3), srt_batch=(1, 1e6), srt_lr=(0, 1),
+           top_k=(0, 1e6), collect_batch=(1, 1e6), srt_epochs=(1, 1e3), srt_batch=(1, 1e6), srt_lr=(0, 0.1),
            srt_warmup=(0, 1), srt_weight_decay=(0, 1), sd_questions=(1, 1e9), rounds=(1, 1e3))
     require(not args.baseline or (args.phase == "srt" and not args.traces), f"--baseline {args.baseline} replaces "
             "phase 1 and its traces: add --phase srt, leave out --traces")
@@ -367,7 +367,8 @@ def main(args: Args) -> None:
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     run.check_lengths(tokenizer, task.heldout)
-    twice = dict(reads=2, more=len(control_ids(tokenizer, 0)), why=" (what is revised or taught is read twice)")
+    twice = dict(reads=2, more=len(control_ids(tokenizer, 0)),
+                 why=" (what is revised or taught is read twice)")
     if args.baseline == "rft":
         run.check_lengths(tokenizer, srt_problems, flag="srt_max_tokens")
     elif args.phase != "sd" and not (args.baseline or args.traces):

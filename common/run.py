@@ -48,14 +48,15 @@ def parse(args_class: type, presets: Callable, argv: list[str] | None = None):
 
 
 def sensible(args) -> None:
-    """Numbers are finite and not negative, and an integer whose default is positive is not 0 (a warm-up may be)."""
+    """Numbers are finite and not negative. An integer whose default is positive is not 0, but for a
+    warm-up."""
     for field in dataclasses.fields(args):
-        value, default = getattr(args, field.name), field.default
+        name, value, default = field.name, getattr(args, field.name), field.default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        require(0 <= value < math.inf, f"--{field.name} {value}: must not be negative, and must be finite")
-        counts = type(value) is int and type(default) is int and default > 0 and field.name != "warmup"
-        require(value > 0 or not counts, f"--{field.name} 0: must be at least 1")
+        require(0 <= value < math.inf, f"--{name} {value}: must not be negative or infinite")
+        counts = type(default) is int and default > 0 and name != "warmup"
+        require(value > 0 or not counts, f"--{name} 0: must be at least 1")
 
 
 def within(args, **ranges: tuple[float, float]) -> None:
@@ -65,11 +66,9 @@ def within(args, **ranges: tuple[float, float]) -> None:
         require(low <= value <= high, f"--{name} {value}: must lie between {low:g} and {high:g}")
 
 
-RANGES = dict(  # of the settings that the algorithm files share
-    batch_size=(1, 1e6), max_tokens=(1, 1e6), heldout=(1, 1e6), temperature=(0.01, 9), top_p=(0.01, 1), lr=(0, 0.1),
-    steps=(1, 1e9), warmup=(0, 1e9), weight_decay=(0, 1), max_norm=(1e-9, 1e9), workers=(1, 1e3), eval_every=(1, 1e9),
-    eval_samples=(1, 1e4), save_every=(1, 1e9), keep=(1, 1e9), token_budget=(1, 1e9), sampler_rows=(1, 1e6),
-    tensor_parallel=(1, 1024), vllm_memory=(0.01, 1), lora_rank=(0, 4096), lora_alpha=(1e-3, 1e6),
+RANGES = dict(  # of shared settings, beside what `sensible` asks of all numbers
+    temperature=(0.01, 9), top_p=(0.01, 1), lr=(0, 0.1), weight_decay=(0, 1), max_norm=(1e-9, 1e9),
+    vllm_memory=(0.01, 1), lora_rank=(0, 4096), lora_alpha=(1e-3, 1e6),
 )
 
 
@@ -97,7 +96,7 @@ def meeting_place() -> tuple[dist.Store, int, int]:
 def launched_tasks() -> int:
     """How many processes srun or mpirun started, this one included; 1 if neither did."""
     names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
-    if "SLURM_PROCID" in os.environ:  # not in the shell of an allocation, which has the number of tasks too
+    if "SLURM_PROCID" in os.environ:  # not in an allocation's shell, which knows the tasks too
         names += ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]
     return max(int(os.environ.get(name, 1)) for name in names)
 
@@ -106,7 +105,8 @@ def check_settings(args) -> None:
     """What is wrong with the settings that all methods share, before anything is loaded."""
     sensible(args)
     within(args, **{name: bounds for name, bounds in RANGES.items() if hasattr(args, name)})
-    require(not args.out.startswith("~"), f"--out {args.out}: the shell left ~ as it is; write it out")
+    require(not args.out.startswith("~"), f"--out {args.out}: the shell left ~ as it is; write the "
+            "path out")
     plain = Path(args.name).name == args.name and args.name != ".."
     require(plain, f"--name {args.name}: must be the name of one folder, without slashes; --out "
             "says where the folder goes")
@@ -208,7 +208,8 @@ class Run:
         self.tracker: Callable[[dict], None] | None = None
 
     def first(self, find: Callable, *args):
-        """find(*args) as the first rank finds it: machines may not see a shared disk alike. A collective."""
+        """find(*args) on the first rank, for all: machines may not see a shared disk alike. A
+        collective."""
         found = [None]
         if self.rank == 0:
             found = [find(*args)]
@@ -216,7 +217,7 @@ class Run:
         return found[0]
 
     def claim(self, name: str) -> str:
-        """The folder's name: `name`, or with --resume off the first of name, name-2 … that is free."""
+        """The folder's name: with --resume `name`, else the first free one of name, name-2 …"""
         if self.args.resume:
             return name
         free, number = name, 1
@@ -398,14 +399,14 @@ class Run:
         return step
 
     def chosen(self) -> tuple[Path | None, str]:
-        """The checkpoint that --resume names (None: there is none yet), and what is wrong with it."""
+        """The checkpoint that --resume names, or None, and what is wrong with it."""
         last = self.last()
         folder = last if self.args.resume == "auto" else Path(self.args.resume)
         if not self.args.resume or folder is None:
             return None, ""
         manifest = folder / "manifest.json"
         if not manifest.exists():
-            return folder, f"--resume {folder}: no manifest.json, so not a checkpoint; name a folder " \
+            return folder, f"--resume {folder}: no manifest.json, so not a checkpoint; name one " \
                            "such as runs/NAME/checkpoints/step_000100, or auto"
         try:
             sums = json.loads(manifest.read_text())
@@ -425,8 +426,8 @@ class Run:
         old, method, step = trainer["args"], trainer.get("method", self.method), trainer["step"]
         anew = f"or begin a new run with its weights: --model {folder} and another --name"
         if method != self.method:
-            return f"checkpoint {folder} was trained by {method}, not by {self.method}: go on with " \
-                   f"{method}, {anew}"
+            return f"checkpoint {folder} was trained by {method}, not by {self.method}: go on " \
+                   f"with {method}, {anew}"
         for name in self.fixed:
             value, was = getattr(self.args, name, None), old.get(name)
             unused = name == "lora_alpha" and self.args.lora_rank == 0
@@ -468,7 +469,8 @@ class Run:
         return step
 
     def check_lengths(self, tokenizer, problems: list, chat: Callable | None = None, *,
-                      reads: int = 1, more: int = 0, flag: str = "max_tokens", why: str = "") -> None:
+                      reads: int = 1, more: int = 0, flag: str = "max_tokens",
+                      why: str = "") -> None:
         """Each problem's prompt, `more` tokens and `reads` responses must fit the model's context.
 
         chat(problem): the messages of the prompt, or None; without `chat` the student's. flag: the
@@ -490,7 +492,7 @@ class Run:
         for size, _, messages, problem in chats[self.rank :: self.world]:
             if worst is None:  # what a template adds is about the shortest prompt
                 frame = 64 + len(chat_ids(tokenizer, chats[-1][2], args.thinking))
-            elif size + frame <= max(room, longest):  # a token has a byte at least: the rest is shorter
+            elif size + frame <= max(room, longest):  # a token has a byte at least
                 break
             length = len(chat_ids(tokenizer, messages, args.thinking))
             over += length > room
@@ -502,9 +504,9 @@ class Run:
         words = " ".join(worst.messages[-1]["content"].split())[:40]
         most = (limit - more - longest) // reads
         lower = f"lower --{flag} to {most}{why}, or " if most > 0 else ""
-        raise SystemExit(f"error: problem {worst.id} ({words} …): a prompt of {longest + more} tokens "
-                         f"and {reads} × --{flag} {getattr(args, flag)} can exceed the model's context "
-                         f"of {limit}; {lower}take such problems out of the data ({over} here)")
+        said = f"a prompt of {longest + more} tokens and {reads} × --{flag} {getattr(args, flag)}"
+        raise SystemExit(f"error: problem {worst.id} ({words} …): {said} can exceed the model's "
+                         f"context of {limit}; {lower}take such problems out of the data ({over} here)")
 
     def plan(self, task, tokenizer, verifier, *, steps: int, group: int = 1, updates: int = 1, copies: int = 0,
              reads: int = 1) -> None:
@@ -543,7 +545,7 @@ memory  of each of {self.world} process(es), GiB; the activations of --token_bud
     def begin(self, *notes: str, context: int) -> None:
         """Say what begins. context: tokens that the sampler has room for (vLLM may have less than
         the model)."""
-        require(self.longest <= context, f"a sequence of up to {self.longest} tokens can exceed the "
+        require(self.longest <= context, f"a sequence of {self.longest} tokens can exceed the "
                 f"model's context of {context} tokens in the sampler; lower --max_tokens, or raise "
                 "--vllm_memory")
         if self.rank == 0:
@@ -577,12 +579,12 @@ def checksum(path: Path) -> str:
 
 
 def make_tracker(args, folder: Path, step: int) -> Callable[[dict], None]:
-    """A function that sends a row of metrics to TensorBoard, W&B or trackio. A run that goes on from
-    `step` goes on in the record that it had, whose identifier stays in the run's folder."""
+    """A function that sends a row of metrics to TensorBoard, W&B or trackio. A run that goes on
+    from `step` goes on in the record that it had, whose identifier stays in the run's folder."""
     if args.track == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # hides what comes again
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # what comes again
 
         def write(row: dict) -> None:
             for name in row.keys() - {"step"}:
@@ -599,7 +601,11 @@ def make_tracker(args, folder: Path, step: int) -> Callable[[dict], None]:
                     allow_val_change=True)
     else:  # trackio knows a run by its name
         module.init(project=PROJECT, name=f"{folder.name}-{key}", resume="allow", config=config)
-    return lambda row: module.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+    def send(row: dict) -> None:
+        module.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+    return send
 
 
 PROJECT = "self-distillation"  # in W&B and trackio

@@ -84,8 +84,8 @@ def load_task(spec: str, *, heldout: int, fields: str = "", instruction: str | N
     asked = {question(p) for problems in evaluation.values() for p in problems}
     kept = [[p for p in train if question(p) not in asked] for train in trains]
     for (_, name), train in zip(parts, kept):
-        require(train, f"--task {name}: no training question is left, for all stand in an evaluation "
-                "set; give more data, or leave that set out of --against")
+        require(train, f"--task {name}: no training question is left, for all stand in an "
+                "evaluation set; give more data, or take that set out of --against")
     require(tests or not heldout, f"--task {spec}: no problem is held out; raise --heldout")
     everything = [p for train in kept for p in train]
     notes += [f"{len(shared)} of {len(everything)} training questions share 13 words in a row with {name}"
@@ -119,7 +119,7 @@ def load_problems(spec: str, split: str = "test", *, heldout: int = 0, fields: s
 def chain_terms(spec: str, text: str) -> int | None:
     """The numbers of each sum: `chain:10` has ten, `chain` three to five."""
     known = text == "" or (text.isdecimal() and 1 <= int(text) <= 1000)
-    require(known, f"--task {spec}: after the colon stands how many numbers a sum has, e.g. chain:10")
+    require(known, f"--task {spec}: after the colon stands how many numbers to add, e.g. chain:10")
     return int(text) if text else None
 
 
@@ -285,7 +285,8 @@ def read_hub(name: str) -> Iterator[tuple[dict, str]]:
     path, _, split = name.partition("@")
     path, _, config = path.partition(":")
     if not Path(path).exists():
-        check_hub("--task", path, "dataset", Path(datasets.config.HF_DATASETS_CACHE, path.replace("/", "___")))
+        cached = Path(datasets.config.HF_DATASETS_CACHE, path.replace("/", "___"))
+        check_hub("--task", path, "dataset", cached)
     try:
         data = datasets.load_dataset(path, config or None, split=split or "train")
     except (OSError, ValueError) as error:  # not there, no network, no such config or split

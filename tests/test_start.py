@@ -104,10 +104,11 @@ def test_ranks_that_do_not_divide_into_engines_are_refused(monkeypatch, tmp_path
     assert "--tensor_parallel 2 does not divide 1 process(es)" in said
 
 
-@pytest.mark.parametrize("flags", [[], ["--context", "answer", "--grpo_mix", "0.5"]])
-def test_a_group_of_one_has_no_peer(flags, tmp_path):
-    assert "--group_size 1: a group of one has no peers" in refusal(
-        start, "hsd", "--dry_run", "--out", str(tmp_path), "--group_size", "1", *flags)
+@pytest.mark.parametrize("name, flags", [("hsd", []), ("hsd", ["--context", "answer", "--grpo_mix", "0.5"]),
+                                         ("sdpo", ["--context", "solution"])])
+def test_a_group_of_one_has_no_peer(name, flags, tmp_path):
+    said = refusal(start, name, "--dry_run", "--out", str(tmp_path), "--group_size", "1", *flags)
+    assert "--group_size 1: a " in said and "raise it, or take --context" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
