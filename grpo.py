@@ -313,13 +313,13 @@ def choose_groups(groups: list[Group], share: int) -> list[Group]:
 def main(args: Args) -> None:
     within(args, group_size=(2, 1e5), beta=(0, 1e3), clip_low=(0, 1), clip_high=(0, 1e3), tis=(0, 1e3), epochs=(1, 1e3),
            minibatches=(1, 1e5), dynamic_sampling=(0, 1e3), overlong_cache=(1, 1e6))
+    require(not args.dynamic_sampling or args.tensor_parallel == 1, "--dynamic_sampling: ranks that share an engine "
+            "(--tensor_parallel) cannot sample different numbers of rounds")
     run = Run(args, "grpo")
     require(args.batch_size % (run.world * args.minibatches) == 0, f"--batch_size {args.batch_size} questions do not "
             f"divide into {run.world} process(es) × {args.minibatches} minibatch(es)")
     require(args.overlong != "shape" or args.overlong_cache < args.max_tokens, "--overlong_cache "
             f"{args.overlong_cache} must be below --max_tokens {args.max_tokens}, before which the punishment begins")
-    require(not args.dynamic_sampling or args.tensor_parallel == 1, "--dynamic_sampling: ranks that share an engine "
-            "(--tensor_parallel) cannot sample different numbers of rounds")
     require(not (args.share_prompts and args.checkpointing), "--share_prompts keeps keys and values, which "
             "--checkpointing would drop: take one of them")
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
@@ -327,6 +327,7 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model, args.thinking, [*task.heldout, *task.train])
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    run.check_lengths(tokenizer, [*task.heldout, *task.train])
     if args.dry_run:
         return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.epochs * args.minibatches,
                         copies=int(args.beta > 0), steps=args.steps)
@@ -335,7 +336,7 @@ def main(args: Args) -> None:
     reference = frozen_copy(policy, args.model, run.device) if args.beta > 0 else None
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, weight_decay=args.weight_decay)
     sampler = make_sampler(args, tokenizer, run.device)
-    run.begin(*task.notes)
+    run.begin(*task.notes, context=sampler.context)
     first_step = run.resume(policy, optimizer)
     sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's
 

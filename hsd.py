@@ -351,7 +351,11 @@ def main(args: Args) -> None:
     within(args, group_size=(1, 1e5), beta=(0, 1e3), entry_clip=(0, 1e3), teacher_every=(1, 1e9), teacher_rate=(0, 1),
            grpo_mix=(0, 1))
     require(not args.entry_clip or args.kl == "forward", "--entry_clip bounds the entries of --kl forward")
-    run = Run(args, "hsd")
+    peers = args.context == "peer"
+    alone = args.group_size == 1 and (peers or args.grpo_mix > 0)
+    require(not alone, "--group_size 1: a group of one has no peers and no advantages; raise it, "
+            "or take --context answer with --grpo_mix 0")
+    run = Run(args, "hsd", fixed=("teacher",))
     require(args.batch_size % run.world == 0, f"--batch_size {args.batch_size} questions do not divide into "
             f"{run.world} process(es)")
     task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
@@ -359,10 +363,14 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model, args.thinking, [*task.heldout, *task.train])
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    run.check_lengths(tokenizer, [*task.heldout, *task.train])
+    run.check_lengths(tokenizer, task.train, lambda p: context(p, None, args))
+    if peers and args.overflow == "error":
+        run.check_lengths(tokenizer, task.train, lambda p: context(p, "", args), reads=2,
+                          why=" (the teacher reads a peer before the response)")
     if args.dry_run:
         return run.plan(task, tokenizer, verifier, group=args.group_size, steps=args.steps,
-                        copies=(args.teacher != "live") + (args.beta > 0),
-                        taught=2 if args.context == "peer" and args.overflow == "error" else 1)
+                        copies=(args.teacher != "live") + (args.beta > 0))
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
     teacher = policy if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
@@ -370,7 +378,7 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, betas=(0.9, 0.95),
                                weight_decay=args.weight_decay)
     sampler = make_sampler(args, tokenizer, run.device)
-    run.begin(*task.notes)
+    run.begin(*task.notes, context=sampler.context)
     moving = {"teacher": teacher} if args.teacher in ("snapshot", "ema") else {}
     first_step = run.resume(policy, optimizer, **moving)
     sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's

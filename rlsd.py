@@ -318,7 +318,7 @@ def main(args: Args) -> None:
     within(args, group_size=(2, 1e5), lam=(0, 1), lam_steps=(1, 1e9), eps_w=(0, 1), teacher_every=(1, 1e9),
            teacher_rate=(0, 1), clip_low=(0, 1), clip_high=(0, 1e3), dual_clip=(0, 1e3), tis=(0, 1e3), epochs=(1, 1e3),
            minibatches=(1, 1e5))
-    run = Run(args, "rlsd")
+    run = Run(args, "rlsd", fixed=("teacher", "lam"))
     require(args.dual_clip == 0 or args.dual_clip > 1, f"--dual_clip {args.dual_clip} must be above 1, or 0 for off")
     require(args.batch_size % (run.world * args.minibatches) == 0, f"--batch_size {args.batch_size} questions do not "
             f"divide into {run.world} process(es) × {args.minibatches} minibatch(es)")
@@ -329,6 +329,11 @@ def main(args: Args) -> None:
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
     for p in task.train if args.lam > 0 else ():
         context(p, args)  # so does a problem without the teacher's hint
+    run.check_lengths(tokenizer, [*task.heldout, *task.train])
+    if args.lam > 0:
+        run.check_lengths(tokenizer, task.train, lambda p: context(p, args))
+    if args.lam > 0 and args.neutral_control:
+        run.check_lengths(tokenizer, task.train, lambda p: context(p, args, known=False))
     if args.dry_run:
         return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.epochs * args.minibatches,
                         copies=int(args.teacher != "live" and args.lam > 0), steps=args.steps)
@@ -337,7 +342,7 @@ def main(args: Args) -> None:
     teacher = policy if args.teacher == "live" or args.lam == 0 else frozen_copy(policy, args.model, run.device)
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, weight_decay=args.weight_decay)
     sampler = make_sampler(args, tokenizer, run.device)
-    run.begin(*task.notes)
+    run.begin(*task.notes, context=sampler.context)
     moving = {"teacher": teacher} if args.teacher in ("snapshot", "ema") and args.lam > 0 else {}
     first_step = run.resume(policy, optimizer, **moving)
     sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's

@@ -348,7 +348,11 @@ def main(args: Args) -> None:
             "the advantages of --kl reverse, with --granularity logit or token")
     require(not args.test_time or (args.budget >= args.group_size and not args.resume), "--test_time needs a --budget "
             f"of at least --group_size {args.group_size} attempts, and always begins at --model: leave out --resume")
-    run = Run(args, "sdpo-test-time" if args.test_time else "sdpo")
+    method = "sdpo-test-time" if args.test_time else "sdpo"
+    alone = args.group_size == 1 and args.context == "solution"
+    require(not alone, "--group_size 1: a response has no sibling whose solution --context "
+            "solution could show; raise it, or take --context either")
+    run = Run(args, method, fixed=("teacher",), saves=not args.test_time)
     require(run.world == 1 or not args.test_time, "--test_time runs in one process")
     require(args.batch_size % (run.world * args.minibatches) == 0, f"--batch_size {args.batch_size} questions do not "
             f"divide into {run.world} process(es) × {args.minibatches} minibatch(es)")
@@ -357,10 +361,14 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model, args.thinking, [*task.heldout, *task.train])
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    run.check_lengths(tokenizer, [*task.heldout, *task.train])
+    if args.context != "feedback" and not args.test_time:
+        run.check_lengths(tokenizer, task.train, lambda p: context(p, "", None, args), reads=2,
+                          why=" (the teacher reads a sibling's before the response)")
     if args.dry_run:
         steps = args.questions * args.seeds * (args.budget // args.group_size) if args.test_time else args.steps
         return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.minibatches,
-                        copies=(args.teacher != "live") + args.test_time, steps=steps, taught=2)
+                        copies=(args.teacher != "live") + args.test_time, steps=steps)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
                          lora_alpha=args.lora_alpha)
     slow = None if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
@@ -370,7 +378,7 @@ def main(args: Args) -> None:
     mix = (1 - args.teacher_rate, args.teacher_rate) if args.teacher == "trust_region" else (1.0,)
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, weight_decay=args.weight_decay)
     sampler = make_sampler(args, tokenizer, run.device)
-    run.begin(*task.notes)
+    run.begin(*task.notes, context=sampler.context)
     moving = {"teacher": slow} if args.teacher == "ema" else {}
     first_step = run.resume(policy, optimizer, **moving)
     sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's

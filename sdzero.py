@@ -211,6 +211,9 @@ DEMO = dict(model="assets/chain", task="chain", heldout=256, srt_questions=1024,
             eval_every=16, save_every=64)
 
 
+# Settings that say which step is on which traces or questions: a resume may not change them.
+STAGES = ("traces", "srt_questions", "kept_traces", "wrong_share", "per_question", "srt_epochs",
+          "srt_batch", "sd_questions", "batch_size")
 BASELINES = {"": {}, "rft": dict(inits=4, per_question=4, kept_traces=10**9), "sft": dict(kept_traces=10**9)}
 
 
@@ -366,11 +369,11 @@ def main(args: Args) -> None:
     within(args, srt_questions=(1, 1e9), inits=(1, 1e3), revisions=(1, 1e3),
            kept_traces=(1, 1e9), per_question=(1, 1e3), srt_temperature=(0.01, 9),
            srt_top_p=(0.01, 1), srt_max_tokens=(1, 1e6),
-           top_k=(0, 1e6), collect_batch=(1, 1e6), srt_epochs=(1, 1e3), srt_batch=(1, 1e6), srt_lr=(0, 1),
+           top_k=(0, 1e6), collect_batch=(1, 1e6), srt_epochs=(1, 1e3), srt_batch=(1, 1e6), srt_lr=(0, 0.1),
            srt_warmup=(0, 1), srt_weight_decay=(0, 1), sd_questions=(1, 1e9), rounds=(1, 1e3))
     require(not args.baseline or (args.phase == "srt" and not args.traces), f"--baseline {args.baseline} replaces "
             "phase 1 and its traces: add --phase srt, leave out --traces")
-    run = Run(args, f"sdzero-{args.baseline or args.phase}")
+    run = Run(args, f"sdzero-{args.baseline or args.phase}", fixed=STAGES)
     for size in ("batch_size", "srt_batch"):
         require(getattr(args, size) % run.world == 0, f"--{size} {getattr(args, size)} does not divide into "
                 f"{run.world} process(es)")
@@ -386,6 +389,15 @@ def main(args: Args) -> None:
     require(args.phase == "srt" or a_round > 0, f"--batch_size {args.batch_size} is more than --sd_questions")
     verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
     verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
+    run.check_lengths(tokenizer, task.heldout)
+    twice = dict(reads=2, more=len(control_ids(tokenizer, 0)),
+                 why=" (what is revised or taught is read twice)")
+    if args.baseline == "rft":
+        run.check_lengths(tokenizer, srt_problems, flag="srt_max_tokens")
+    elif args.phase != "sd" and not (args.baseline or args.traces):
+        run.check_lengths(tokenizer, srt_problems, flag="srt_max_tokens", **twice)
+    if args.phase != "srt":
+        run.check_lengths(tokenizer, sd_problems, **twice)
     if args.dry_run:
         updates = -(-args.kept_traces * args.srt_epochs // args.srt_batch) if args.phase != "sd" else 0
         run.say(f"phase 1: {args.srt_questions:,} questions × {args.inits} answers × {args.revisions} revisions, "
@@ -400,13 +412,7 @@ def main(args: Args) -> None:
     def chats(problems: list[Problem]) -> list[list[int]]:
         return [chat_ids(tokenizer, p.messages, args.thinking) for p in problems]
 
-    prompt = max(map(len, chats(task.heldout))) + len(control_ids(tokenizer, 0))
-    for name, used in (("srt_max_tokens", args.phase != "sd" and not args.baseline and not args.traces),
-                       ("max_tokens", args.phase != "srt")):
-        length = prompt + 2 * getattr(args, name)
-        require(not used or length <= sampler.context, f"--{name} {getattr(args, name)}: what is revised or taught is "
-                f"read twice, {length} tokens with its question; the model's context is {sampler.context}")
-    run.begin(*task.notes)
+    run.begin(*task.notes, context=sampler.context)
     first_step = run.resume(policy, optimizer, teacher=teacher)
     sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's
 

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from common import require
+from common import check_hub, require
 from kernels.adamw import LeanAdamW
 from kernels.head import TokenStats, token_stats
 from kernels.pack import behind_prefix, pad_right
@@ -84,11 +86,18 @@ def load_policy(path: str, device: torch.device, *, checkpointing: bool = False,
 
 def check_path(path: str) -> None:
     """A local path that does not exist would be taken for a hub id and fail a long way from here."""
-    folder = Path(path).expanduser()
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    require(path.strip(), "--model is empty: give a folder or a hub id")
+    require(not path.startswith("~"), f"--model {path}: the shell left ~ as it is; write it out")
+    folder = Path(path)
+    if folder.exists() or path.startswith((".", "/")) or path.count("/") > 1:
         require(folder.exists(), f"--model {path}: no such folder")
         require((folder / "config.json").exists(), f"--model {path}: no config.json, so not a Hugging Face checkpoint")
         return
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        cached = None
+    check_hub("--model", path, "model", cached if isinstance(cached, str) else None)
     try:
         AutoConfig.from_pretrained(path)
     except OSError as error:

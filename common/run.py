@@ -7,14 +7,18 @@ written under a temporary name and renamed when whole, so a kill at any moment l
 """
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
+import secrets
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import zlib
@@ -43,6 +47,18 @@ def parse(args_class: type, presets: Callable, argv: list[str] | None = None):
     return tyro.cli(args_class, args=argv, default=args_class(**presets(first)))
 
 
+def sensible(args) -> None:
+    """Numbers are finite and not negative. An integer whose default is positive is not 0, but for a
+    warm-up."""
+    for field in dataclasses.fields(args):
+        name, value, default = field.name, getattr(args, field.name), field.default
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        require(0 <= value < math.inf, f"--{name} {value}: must not be negative or infinite")
+        counts = type(default) is int and default > 0 and name != "warmup"
+        require(value > 0 or not counts, f"--{name} 0: must be at least 1")
+
+
 def within(args, **ranges: tuple[float, float]) -> None:
     """Each named setting must lie in its closed range."""
     for name, (low, high) in ranges.items():
@@ -50,11 +66,9 @@ def within(args, **ranges: tuple[float, float]) -> None:
         require(low <= value <= high, f"--{name} {value}: must lie between {low:g} and {high:g}")
 
 
-RANGES = dict(  # of the settings that the algorithm files share
-    batch_size=(1, 1e6), max_tokens=(1, 1e6), heldout=(1, 1e6), temperature=(0.01, 9), top_p=(0.01, 1), lr=(0, 1),
-    steps=(1, 1e9), warmup=(0, 1e9), weight_decay=(0, 1), max_norm=(1e-9, 1e9), workers=(1, 1e3), eval_every=(1, 1e9),
-    eval_samples=(1, 1e4), save_every=(1, 1e9), keep=(1, 1e9), token_budget=(1, 1e9), sampler_rows=(1, 1e6),
-    tensor_parallel=(1, 1024), vllm_memory=(0.01, 1), lora_rank=(0, 4096), lora_alpha=(1e-3, 1e6),
+RANGES = dict(  # of shared settings, beside what `sensible` asks of all numbers
+    temperature=(0.01, 9), top_p=(0.01, 1), lr=(0, 0.1), weight_decay=(0, 1), max_norm=(1e-9, 1e9),
+    vllm_memory=(0.01, 1), lora_rank=(0, 4096), lora_alpha=(1e-3, 1e6),
 )
 
 
@@ -67,6 +81,10 @@ def meeting_place() -> tuple[dist.Store, int, int]:
     """
     env = os.environ
     if "WORLD_SIZE" not in env:  # no torchrun
+        tasks = launched_tasks()
+        require(tasks == 1, f"{tasks} processes were started without torchrun, so each would be a "
+                "run of its own in the same folder; start torchrun, once per machine, e.g. srun "
+                "--ntasks-per-node=1 torchrun --nproc_per_node=8 … (docs/scale.md)")
         return dist.HashStore(), 0, 1
     one, shared = env.get("GROUP_WORLD_SIZE", "1") == "1", env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     require(one or not shared or env.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0", "--max-restarts on several "
@@ -75,15 +93,91 @@ def meeting_place() -> tuple[dist.Store, int, int]:
     return dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0") if one else "", store), rank, world
 
 
+def launched_tasks() -> int:
+    """How many processes srun or mpirun started, this one included; 1 if neither did."""
+    names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
+    if "SLURM_PROCID" in os.environ:  # not in an allocation's shell, which knows the tasks too
+        names += ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]
+    return max(int(os.environ.get(name, 1)) for name in names)
+
+
+def check_settings(args) -> None:
+    """What is wrong with the settings that all methods share, before anything is loaded."""
+    sensible(args)
+    within(args, **{name: bounds for name, bounds in RANGES.items() if hasattr(args, name)})
+    require(not args.out.startswith("~"), f"--out {args.out}: the shell left ~ as it is; write the "
+            "path out")
+    plain = Path(args.name).name == args.name and args.name != ".."
+    require(plain, f"--name {args.name}: must be the name of one folder, without slashes; --out "
+            "says where the folder goes")
+    shared = args.tensor_parallel > 1
+    require(args.sampler == "vllm" or not shared, f"--tensor_parallel {args.tensor_parallel}: "
+            "processes share an engine with --sampler vllm alone; add it, or take 1")
+    require(args.sampler == "hf" or installed("vllm"), "--sampler vllm: vLLM is not installed; "
+            "pip install -r requirements-vllm.txt, or take --sampler hf")
+    require(not args.track or installed(args.track), f"--track {args.track}: the package is not "
+            f"installed; pip install {args.track}")
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def unwritable(folder: Path) -> str:
+    """Why a folder, or the nearest one above it that exists, cannot be written to; "" if it can."""
+    place = folder.absolute()
+    while not os.path.exists(place):
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return ""
+    except OSError as error:
+        return f"nothing can be written to {place} ({error.strerror}); give another --out"
+
+
+# With another value of one of these a run is another run: of another model, on other data, or with
+# other random numbers. A resume refuses a change.
+FIXED = ("model", "lora_rank", "lora_alpha", "optimizer_state", "task", "heldout", "against",
+         "fields", "instruction", "thinking", "seed")
+# The machine, the log and the length of a run: a resume takes a change without a word. It prints a
+# change of any other setting.
+FREE = ("name", "out", "resume", "token_budget", "sampler_rows", "tensor_parallel", "vllm_memory",
+        "share_prompts", "checkpointing", "workers", "allow_unsafe_exec", "steps", "eval_every",
+        "eval_only", "dry_run", "save_every", "keep", "track", "demo")
+
+
+def same(name: str, a: object, b: object) -> bool:
+    """Whether two values of a setting mean the same. A model's folder has several spellings."""
+    if name == "model":
+        a, b = (os.path.realpath(os.path.expanduser(path)) for path in (a, b))
+    return a == b
+
+
+def changes(old: dict, new: dict) -> str:
+    """The settings that are not what they were, except those that FREE names."""
+    found = []
+    for name, value in new.items():
+        if name not in FREE and name in old and not same(name, old[name], value):
+            found.append(f"--{name} {old[name]!r} → {value!r}")
+    return "  ".join(found)
+
+
 PATIENCE = 5  # steps in a row without an update, until the run gives up
 
 
 class Run:
     """Process group, device, folder, log and checkpoints of one training run; the same for one process and for many."""
 
-    def __init__(self, args, algorithm: str):
-        within(args, **{name: bounds for name, bounds in RANGES.items() if hasattr(args, name)})
-        self.args = args
+    def __init__(self, args, method: str, *, fixed: tuple[str, ...] = (), saves: bool = True):
+        """method: what trains; fixed: the method's own settings that a resume may not change;
+        saves: whether there will be checkpoints."""
+        check_settings(args)
+        self.args, self.method, self.fixed = args, method, (*FIXED, *fixed)
+        self.saves = saves and not args.eval_only
         cuda, (store, rank, world) = torch.cuda.is_available(), meeting_place()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=timedelta(hours=2))  # a rank may sample or verify longer than another
@@ -92,27 +186,56 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
         transformers.logging.disable_progress_bar()
+        require(self.world % args.tensor_parallel == 0, f"--tensor_parallel "
+                f"{args.tensor_parallel} does not divide {self.world} process(es)")
         task = re.sub(r"\W+", "-", args.task.partition(":")[0])
-        self.folder = Path(args.out) / self.claim(args.name or f"{algorithm}-{task}-s{args.seed}")
-        if self.rank == 0 and not args.dry_run:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for stale in (self.folder / "checkpoints").glob("tmp-*"):
-                shutil.rmtree(stale)
-        dist.barrier()
+        out = Path(args.out)
+        wrong = self.first(unwritable, out)
+        require(not wrong, wrong)
+        self.folder = out / self.first(self.claim, args.name or f"{method}-{task}-s{args.seed}")
+        if not args.dry_run:
+            wrong = self.first(self.make_folder)
+            require(not wrong, wrong)
+        self.checkpoint, wrong = self.first(self.chosen)
+        require(not wrong, wrong)
+        self.longest = 0  # tokens of the longest sequence that check_lengths measured
         self.times: dict[str, float] = {}
         self.timing = False
         self.history: list[dict] = []
         self.asked = self.stopping = False  # SIGTERM came to this process; all ranks know that it came to one of them
         self.barren = 0  # steps in a row without an update, for no gradient was finite
         self.bar: tqdm | None = None
-        self.tracker = make_tracker(args, self.folder) if args.track and self.rank == 0 and not args.dry_run else None
+        self.tracker: Callable[[dict], None] | None = None
+
+    def first(self, find: Callable, *args):
+        """find(*args) on the first rank, for all: machines may not see a shared disk alike. A
+        collective."""
+        found = [None]
+        if self.rank == 0:
+            found = [find(*args)]
+        dist.broadcast_object_list(found)
+        return found[0]
 
     def claim(self, name: str) -> str:
-        """The folder's name: `name`, or with --resume off the first of name, name-2, name-3 … that is free."""
-        taken = lambda n: not self.args.resume and (Path(self.args.out) / n).exists()
-        names = [next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if not taken(n))]
-        dist.broadcast_object_list(names)  # as the first rank finds it
-        return names[0]
+        """The folder's name: with --resume `name`, else the first free one of name, name-2 …"""
+        if self.args.resume:
+            return name
+        free, number = name, 1
+        while os.path.lexists(Path(self.args.out) / free):
+            number += 1
+            free = f"{name}-{number}"
+        return free
+
+    def make_folder(self) -> str:
+        """Make the run's folder and clear what a kill left half written. → what is wrong, or ""."""
+        checkpoints = self.folder / "checkpoints"
+        try:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            for stale in checkpoints.glob("tmp-*"):
+                shutil.rmtree(stale)
+        except OSError as error:
+            return f"{self.folder} cannot be made ({error}); give another --out or --name"
+        return unwritable(checkpoints)
 
     # ------------------------------------------------------------------------------------------------ time and log
     def seed(self, *place: int) -> None:
@@ -135,6 +258,8 @@ class Run:
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """first … last − 1, under a progress bar on a terminal. SIGTERM waits for `due`."""
+        require(first <= last, f"{first} steps are done, and the settings ask for {last}: ask for "
+                "more, or evaluate the checkpoint as --model with --eval_only")
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True)) if main else None
         hidden = self.rank > 0 or None  # None: shown only on a terminal
@@ -240,7 +365,7 @@ class Run:
             if self.rank == 0:
                 policy.lm.save_pretrained(part, state_dict=weights)
                 tokenizer.save_pretrained(part)
-                trainer = {"step": step, "args": vars(self.args)}
+                trainer = {"step": step, "method": self.method, "args": vars(self.args)}
                 (part / "trainer.json").write_text(json.dumps(trainer, indent=1))
                 files = {str(f.relative_to(part)): checksum(f) for f in sorted(part.rglob("*")) if f.is_file()}
                 (part / "manifest.json").write_text(json.dumps(files, indent=1))
@@ -250,39 +375,87 @@ class Run:
                     shutil.rmtree(old)
 
     def resume(self, policy: Policy, optimizer: torch.optim.Optimizer, **extra: Policy) -> int:
-        """Load what --resume names ("auto": this run's last checkpoint, if any). → the number of finished steps."""
-        if not self.args.resume:
-            return 0
-        found = list(self.chosen() if self.rank == 0 else (None, ""))
-        dist.broadcast_object_list(found)  # a disk that machines share may not show all of them the same folders
-        require(not found[1], found[1])
-        if (folder := found[0]) is None:
-            return self.rewind(0)
-        trainer = json.loads((folder / "trainer.json").read_text())
-        rank = trainer["args"].get("lora_rank", 0)
-        require(rank == self.args.lora_rank, f"checkpoint {folder} was trained with --lora_rank {rank}: say so too, or "
-                "start anew from it as --model")
-        state = training_state(policy, optimizer, extra)
-        dcp.load(state, checkpoint_id=folder / "state")
-        set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"],
-                       options=StateDictOptions(strict=False))  # a frozen base is not in it
-        for name, model in extra.items():
-            model.load_state_dict(state[name])
-        self.say(f"resumed from {folder} after {trainer['step']} steps")
-        return self.rewind(trainer["step"])
+        """Load the checkpoint that --resume names and start the tracker. → the finished steps."""
+        self.check_room(policy, extra)
+        step = 0
+        if self.checkpoint:
+            trainer = json.loads((self.checkpoint / "trainer.json").read_text())
+            state = training_state(policy, optimizer, extra)
+            dcp.load(state, checkpoint_id=self.checkpoint / "state")
+            set_state_dict(policy, optimizer, model_state_dict=state["policy"],
+                           optim_state_dict=state["optimizer"],
+                           options=StateDictOptions(strict=False))  # a frozen base is not in it
+            for name, model in extra.items():
+                model.load_state_dict(state[name])
+            step = trainer["step"]
+            self.say(f"resumed from {self.checkpoint} after {step} steps")
+            changed = changes(trainer["args"], vars(self.args))
+            if changed:
+                self.say(f"changed since that checkpoint: {changed}")
+        if self.args.resume:
+            self.rewind(step)
+        if self.args.track and self.rank == 0:
+            self.tracker = make_tracker(self.args, self.folder, step)
+        return step
 
     def chosen(self) -> tuple[Path | None, str]:
-        """The checkpoint that --resume names (None: there is none yet), and what speaks against it."""
+        """The checkpoint that --resume names, or None, and what is wrong with it."""
         last = self.last()
         folder = last if self.args.resume == "auto" else Path(self.args.resume)
-        if folder is None or not (folder / "manifest.json").exists():
-            return folder, f"--resume {folder}: no manifest.json, so not a checkpoint" * (folder is not None)
-        files = json.loads((folder / "manifest.json").read_text()).items()
-        bad = [name for name, old in files if not (folder / name).exists() or checksum(folder / name) != old]
-        if bad:
-            return folder, f"checkpoint {folder} is damaged: {bad[0]} is missing or changed; remove that folder"
-        later = last is not None and last.name > folder.name
-        return folder, f"{last} is later than {folder}: move it away, or give another --name" * later
+        if not self.args.resume or folder is None:
+            return None, ""
+        manifest = folder / "manifest.json"
+        if not manifest.exists():
+            return folder, f"--resume {folder}: no manifest.json, so not a checkpoint; name one " \
+                           "such as runs/NAME/checkpoints/step_000100, or auto"
+        try:
+            sums = json.loads(manifest.read_text())
+        except ValueError:
+            sums = {manifest.name: "not JSON"}
+        for name, old in sums.items():
+            if not (folder / name).exists() or checksum(folder / name) != old:
+                return folder, f"checkpoint {folder} is damaged: {name} is missing or changed; " \
+                               "remove that folder"
+        if last is not None and last.name > folder.name:
+            return folder, f"{last} is later than {folder}: move it away, or give another --name"
+        return folder, self.other_run(folder)
+
+    def other_run(self, folder: Path) -> str:
+        """Why the checkpoint in `folder` is of another run than this one; "" if it is not."""
+        trainer = json.loads((folder / "trainer.json").read_text())
+        old, method, step = trainer["args"], trainer.get("method", self.method), trainer["step"]
+        anew = f"or begin a new run with its weights: --model {folder} and another --name"
+        if method != self.method:
+            return f"checkpoint {folder} was trained by {method}, not by {self.method}: go on " \
+                   f"with {method}, {anew}"
+        for name in self.fixed:
+            value, was = getattr(self.args, name, None), old.get(name)
+            unused = name == "lora_alpha" and self.args.lora_rank == 0
+            if name in old and not unused and not same(name, was, value):
+                return f"checkpoint {folder} was trained with --{name} {was!r}, not " \
+                       f"{value!r}: give the old value, {anew}"
+        if step > getattr(self.args, "steps", step):
+            return f"checkpoint {folder} has {step} steps, more than --steps {self.args.steps}: " \
+                   "raise --steps"
+        return ""
+
+    def check_room(self, policy: Policy, extra: dict[str, Policy]) -> None:
+        """The first checkpoint must fit the disk: if it does not, all steps before it are lost."""
+        if not self.saves:
+            return
+        weights = sum(p.numel() for p in policy.parameters())
+        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        copies = sum(p.numel() for model in extra.values() for p in model.parameters())
+        adam = 4 if self.args.optimizer_state == "bf16" else 8  # bytes per trained weight
+        width = 2 if self.device.type == "cuda" else 4
+        size = (4 + adam) * trained + 4 * copies + width * weights
+        free = self.first(free_bytes, self.folder)
+        told = f"a checkpoint takes about {size / 2**30:.2f} GiB, and {self.folder} has " \
+               f"{free / 2**30:.2f} GiB free"
+        require(free >= size, f"{told}: make room, or give another --out")
+        more = self.args.keep + 1 - len(list((self.folder / "checkpoints").glob("step_*")))
+        if free < more * size:  # an old one goes when the new one is whole
+            self.say(f"{told}: it will be full before --keep {self.args.keep} of them are there")
 
     def rewind(self, step: int) -> int:
         """Drop what was logged after `step` steps, or cut short by a kill: it will come again. → step."""
@@ -295,24 +468,59 @@ class Run:
             self.history = [json.loads(row) for row in kept]
         return step
 
+    def check_lengths(self, tokenizer, problems: list, chat: Callable | None = None, *,
+                      reads: int = 1, more: int = 0, flag: str = "max_tokens",
+                      why: str = "") -> None:
+        """Each problem's prompt, `more` tokens and `reads` responses must fit the model's context.
+
+        chat(problem): the messages of the prompt, or None; without `chat` the student's. flag: the
+        limit of a response; why: the reason that it counts more than once. Each rank measures its
+        share of the problems.
+        """
+        args = self.args
+        config = transformers.AutoConfig.from_pretrained(args.model).get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or math.inf
+        room = limit - more - reads * getattr(args, flag)  # tokens of a prompt at most
+        chats = []
+        for problem in {id(p): p for p in problems}.values():  # a mixture repeats some
+            messages = problem.messages if chat is None else chat(problem)
+            if messages is not None:
+                size = sum(len(m["content"].encode()) for m in messages)
+                chats.append((size, len(chats), messages, problem))
+        chats.sort(reverse=True)
+        longest, worst, over = 0, None, 0
+        for size, _, messages, problem in chats[self.rank :: self.world]:
+            if worst is None:  # what a template adds is about the shortest prompt
+                frame = 64 + len(chat_ids(tokenizer, chats[-1][2], args.thinking))
+            elif size + frame <= max(room, longest):  # a token has a byte at least
+                break
+            length = len(chat_ids(tokenizer, messages, args.thinking))
+            over += length > room
+            if length > longest:
+                longest, worst = length, problem
+        self.longest = max(self.longest, longest + more + reads * getattr(args, flag))
+        if over == 0:
+            return
+        words = " ".join(worst.messages[-1]["content"].split())[:40]
+        most = (limit - more - longest) // reads
+        lower = f"lower --{flag} to {most}{why}, or " if most > 0 else ""
+        said = f"a prompt of {longest + more} tokens and {reads} × --{flag} {getattr(args, flag)}"
+        raise SystemExit(f"error: problem {worst.id} ({words} …): {said} can exceed the model's "
+                         f"context of {limit}; {lower}take such problems out of the data ({over} here)")
+
     def plan(self, task, tokenizer, verifier, *, steps: int, group: int = 1, updates: int = 1, copies: int = 0,
-             reads: int = 1, taught: int = 1) -> None:
+             reads: int = 1) -> None:
         """--dry_run: a step's arithmetic, the memory it takes, and whether model, data and engine are in order.
 
         updates: of the optimizer a step; copies: of the weights, beside the policy; reads: responses in a sampled
-        sequence; taught: responses in a sequence that a teacher reads.
+        sequence.
         """
         args, count = self.args, self.args.batch_size * group
-        require(args.sampler == "hf" or importlib.util.find_spec("vllm") is not None,
-                "--sampler vllm: vLLM is not installed; pip install -r requirements-vllm.txt, or take --sampler hf")
         with torch.device("meta"):
             lm = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(args.model))
         N, shape = sum(p.numel() for p in lm.parameters()), lm.config.get_text_config()
         prompt = max(len(chat_ids(tokenizer, p.messages, args.thinking)) for p in task.heldout)
         length, limit = prompt + reads * args.max_tokens, shape.max_position_embeddings
-        most = max(reads, taught)
-        require(prompt + most * args.max_tokens <= limit, f"a prompt of {prompt} tokens and {most} × --max_tokens "
-                f"{args.max_tokens} can exceed the model's context of {limit}; lower --max_tokens")
         S, width = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)), 2 if self.device.type == "cuda" else 4
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         rows, kv = min(max(args.sampler_rows, group), count // self.world), 2 * shape.num_key_value_heads * head * width
@@ -334,7 +542,12 @@ memory  of each of {self.world} process(es), GiB; the activations of --token_bud
 {(trained + width * N + cache) / 2**30:10.3f}  together""")
         self.finish(verifier)
 
-    def begin(self, *notes: str) -> None:
+    def begin(self, *notes: str, context: int) -> None:
+        """Say what begins. context: tokens that the sampler has room for (vLLM may have less than
+        the model)."""
+        require(self.longest <= context, f"a sequence of {self.longest} tokens can exceed the "
+                f"model's context of {context} tokens in the sampler; lower --max_tokens, or raise "
+                "--vllm_memory")
         if self.rank == 0:
             (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=1))
         self.say("\n".join([f"{self.folder}: {self.world} process(es) on {self.device.type}", *notes]))
@@ -365,20 +578,37 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def make_tracker(args, folder: Path) -> Callable[[dict], None]:
-    """A function that sends a row of metrics to TensorBoard, W&B or trackio, each imported only when asked for."""
-    try:
-        if args.track == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+def make_tracker(args, folder: Path, step: int) -> Callable[[dict], None]:
+    """A function that sends a row of metrics to TensorBoard, W&B or trackio. A run that goes on
+    from `step` goes on in the record that it had, whose identifier stays in the run's folder."""
+    if args.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(folder / "tensorboard"))
-            return lambda row: [writer.add_scalar(k, v, int(row["step"])) for k, v in row.items() if k != "step"]
-        module = importlib.import_module(args.track)
-    except ImportError:
-        raise SystemExit(f"error: --track {args.track}: the package is not installed; pip install "
-                         f"{args.track}") from None
-    module.init(project="self-distillation", name=folder.name, config=dict(vars(args)))
-    return lambda row: module.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # what comes again
+
+        def write(row: dict) -> None:
+            for name in row.keys() - {"step"}:
+                writer.add_scalar(name, row[name], int(row["step"]))
+            writer.flush()  # a resume does not bring back rows before its checkpoint
+
+        return write
+    module, file = importlib.import_module(args.track), folder / f"{args.track}.id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    key, config = file.read_text(), dict(vars(args))
+    if args.track == "wandb":  # its settings may change: --resume itself does
+        module.init(project=PROJECT, name=folder.name, id=key, resume="allow", config=config,
+                    allow_val_change=True)
+    else:  # trackio knows a run by its name
+        module.init(project=PROJECT, name=f"{folder.name}-{key}", resume="allow", config=config)
+
+    def send(row: dict) -> None:
+        module.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+    return send
+
+
+PROJECT = "self-distillation"  # in W&B and trackio
 
 
 def draw_curves(history: list[dict], path: Path, title: str) -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from common import require
+from common import check_hub, require
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,13 @@ def load_task(spec: str, *, heldout: int, fields: str = "", instruction: str | N
     how many share 13 words in a row with one is told in `notes`.
     Raises: SystemExit with one line that names the file, the line and the field, where a record is malformed.
     """
+    for pair in filter(None, fields.split(",")):
+        name, _, field = pair.partition("=")
+        require(field and name in NAMES, f"--fields {pair}: must be NAME=FIELD, with a NAME of "
+                f"{', '.join(NAMES)}")
     parts, options = mixture(spec), dict(fields=fields, instruction=instruction, data_dir=data_dir)
+    for weight, name in parts:
+        require(weight > 0, f"--task {spec}: the weight of {name} is 0; leave it out or raise it")
     trains, tests, notes = [], [], []
     for weight, name in parts:
         count = round(heldout * weight / sum(w for w, _ in parts))
@@ -77,6 +83,10 @@ def load_task(spec: str, *, heldout: int, fields: str = "", instruction: str | N
     evaluation |= {name: load_problems(name, "test", data_dir=data_dir) for name in filter(None, against.split(","))}
     asked = {question(p) for problems in evaluation.values() for p in problems}
     kept = [[p for p in train if question(p) not in asked] for train in trains]
+    for (_, name), train in zip(parts, kept):
+        require(train, f"--task {name}: no training question is left, for all stand in an "
+                "evaluation set; give more data, or take that set out of --against")
+    require(tests or not heldout, f"--task {spec}: no problem is held out; raise --heldout")
     everything = [p for train in kept for p in train]
     notes += [f"{len(shared)} of {len(everything)} training questions share 13 words in a row with {name}"
               for name, problems in evaluation.items() if (shared := overlap(everything, problems))]
@@ -90,7 +100,10 @@ def load_problems(spec: str, split: str = "test", *, heldout: int = 0, fields: s
     """All different problems of one source. split: "train" or "test", for named sets that have both."""
     source, _, name = spec.partition(":")
     if source == "chain":
-        problems = chain_problems(CHAIN_SIZE + heldout, terms=int(name) if name else None)
+        terms, count = chain_terms(spec, name), CHAIN_SIZE + heldout
+        require(terms is None or 90**terms > 2 * count, f"--task {spec}: there are no {count} "
+                "different sums of so few numbers; take more numbers or lower --heldout")
+        problems = chain_problems(count, terms)
     elif source == "gym":
         problems = gym_problems(name, GYM_SIZE + heldout)
     elif source in ("jsonl", "json", "hf") or (source.partition("/")[0] in SETS and not name):
@@ -101,6 +114,13 @@ def load_problems(spec: str, split: str = "test", *, heldout: int = 0, fields: s
         raise SystemExit(f"error: --task {spec}: unknown source {source!r}; use chain, jsonl:PATH, hf:NAME, gym:NAME "
                          f"or one of {', '.join(SETS)}")
     return list({p.messages[-1]["content"]: p for p in problems}.values())  # a question asked twice is one problem
+
+
+def chain_terms(spec: str, text: str) -> int | None:
+    """The numbers of each sum: `chain:10` has ten, `chain` three to five."""
+    known = text == "" or (text.isdecimal() and 1 <= int(text) <= 1000)
+    require(known, f"--task {spec}: after the colon stands how many numbers to add, e.g. chain:10")
+    return int(text) if text else None
 
 
 def in_hash_order(problems: list[Problem]) -> list[Problem]:
@@ -173,6 +193,9 @@ def blend(weights: list[float], lists: list[list]) -> list:
     'abababxy'
     """
     size = max(len(problems) / weight for weight, problems in zip(weights, lists))
+    total = round(sum(weights) * size)
+    require(total < 10**7, f"--task: with these weights a pass over all problems has {total:,} "
+            "questions; bring the weights nearer to the sizes of the sets")
     return [part[i % len(part)] for weight, part in zip(weights, lists) for i in range(round(weight * size))]
 
 
@@ -261,6 +284,9 @@ def read_hub(name: str) -> Iterator[tuple[dict, str]]:
 
     path, _, split = name.partition("@")
     path, _, config = path.partition(":")
+    if not Path(path).exists():
+        cached = Path(datasets.config.HF_DATASETS_CACHE, path.replace("/", "___"))
+        check_hub("--task", path, "dataset", cached)
     try:
         data = datasets.load_dataset(path, config or None, split=split or "train")
     except (OSError, ValueError) as error:  # not there, no network, no such config or split
