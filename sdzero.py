@@ -52,7 +52,7 @@ from common.policy import (
     optimizer_step,
 )
 from common.run import Run, parse, require, within
-from common.sampler import Rollout, chat_ids, make_sampler
+from common.sampler import Rollout, chat_ids, first_sync, make_sampler
 from common.tasks import Problem, in_hash_order, load_task, take
 from common.verifiers import Verdict, Verifier
 from kernels.head import Divergence, TokenStats, head_loss
@@ -385,7 +385,8 @@ def main(args: Args) -> None:
                 f"read twice, {length} tokens with its question; the model's context is {sampler.context}")
     run.begin(*task.notes)
     first_step = run.resume(policy, optimizer, teacher=teacher)
-    sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's
+    # on a resume the first rollouts must be the resumed policy's
+    first_sync(sampler, policy, chat_ids(tokenizer, task.heldout[0].messages, args.thinking))
 
     def judged(problems: list[Problem], prompts: list[list[int]], n: int, seed: tuple[int, ...], keys, max_tokens: int,
                temperature: float, top_p: float) -> list[Group]:
