@@ -47,7 +47,7 @@ from common.policy import (
     score,
 )
 from common.run import Run, parse, require, within
-from common.sampler import Rollout, make_sampler
+from common.sampler import Rollout, first_sync, make_sampler
 from common.tasks import Problem, load_task, take
 from common.verifiers import Verdict, Verifier
 from kernels.head import TokenStats, head_loss
@@ -345,7 +345,8 @@ def main(args: Args) -> None:
     run.begin(*task.notes, context=sampler.context)
     moving = {"teacher": teacher} if args.teacher in ("snapshot", "ema") and args.lam > 0 else {}
     first_step = run.resume(policy, optimizer, **moving)
-    sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's
+    # on a resume the first rollouts must be the resumed policy's
+    first_sync(sampler, policy, chat_ids(tokenizer, task.heldout[0].messages, args.thinking))
 
     def judged_groups(problems: list[Problem], n: int, seed: tuple[int, ...], keys: range) -> list[Group]:
         with run.timer("sample"):

@@ -52,7 +52,7 @@ from common.policy import (
     optimizer_step,
 )
 from common.run import Run, parse, require, within
-from common.sampler import Rollout, make_sampler
+from common.sampler import Rollout, first_sync, make_sampler
 from common.tasks import Problem, in_hash_order, load_task, take
 from common.verifiers import Verdict, Verifier
 from kernels.head import Divergence, TokenStats, head_loss
@@ -414,7 +414,8 @@ def main(args: Args) -> None:
 
     run.begin(*task.notes, context=sampler.context)
     first_step = run.resume(policy, optimizer, teacher=teacher)
-    sampler.load(full_weights(policy))  # on a resume the first rollouts must be the resumed policy's
+    # on a resume the first rollouts must be the resumed policy's
+    first_sync(sampler, policy, chat_ids(tokenizer, task.heldout[0].messages, args.thinking))
 
     def judged(problems: list[Problem], prompts: list[list[int]], n: int, seed: tuple[int, ...], keys, max_tokens: int,
                temperature: float, top_p: float) -> list[Group]:

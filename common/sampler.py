@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 
 from common import require
 from common.chat import end_tokens, response_text
+from common.policy import Policy, full_weights, score
 from kernels.draw import draw
 
 
@@ -45,7 +48,7 @@ def make_sampler(args, tokenizer: PreTrainedTokenizerBase, device: torch.device)
     if args.sampler == "hf":
         return HFSampler(args.model, tokenizer, device, rows=args.sampler_rows)
     return VLLMSampler(args.model, tokenizer, device, rows=args.sampler_rows, tensor_parallel=args.tensor_parallel,
-                       memory=args.vllm_memory)
+                       memory=args.vllm_memory, blank=True)
 
 
 def check_lengths(prompts: Sequence[list[int]], max_tokens: int, context: int) -> None:
@@ -164,38 +167,94 @@ class VLLMSampler:
     """A vLLM engine in this process, one for each rank (or for each group of `tensor_parallel` ranks)."""
 
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, rows: int = 128,
-                 tensor_parallel: int = 1, memory: float = 0.4, dtype: str = ""):
-        """rows: sequences that decode at a time; memory: share of the GPU's memory for weights and KV cache; dtype:
-        bfloat16 on CUDA and float32 on a CPU where it is not given."""
+                 tensor_parallel: int = 1, memory: float = 0.4, dtype: str = "",
+                 blank: bool = False):
+        """rows: sequences that decode at a time; memory: share of the GPU's memory for weights and
+        KV cache; dtype: bfloat16 on CUDA and float32 on a CPU unless given; blank: start without the
+        file's weights, so that a weight which `load` does not bring is missed at once."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's model stays in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
             from vllm import LLM
+            from vllm.transformers_utils.config import checkpoint_has_lm_head
         except ImportError:
             raise SystemExit("error: --sampler vllm: vLLM is not installed; pip install -r requirements-vllm.txt "
                              "(CUDA) or requirements-vllm-cpu.txt, or take --sampler hf") from None
-        self.tokenizer, self.cuda, self.asleep = tokenizer, device.type == "cuda", False
+        self.path, self.tokenizer, self.cuda, self.asleep = path, tokenizer, device.type == "cuda", False
         self.sharing = dist.new_subgroups(tensor_parallel)[0] if tensor_parallel > 1 else None  # ranks of one engine
-        self.llm = LLM(
-            model=path, dtype=dtype or ("bfloat16" if self.cuda else "float32"), tensor_parallel_size=tensor_parallel,
-            distributed_executor_backend="external_launcher" if "WORLD_SIZE" in os.environ else None,
-            seed=int(os.environ.get("RANK", 0)) // tensor_parallel, logprobs_mode="processed_logprobs",
-            max_num_seqs=rows, gpu_memory_utilization=memory, enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
-            max_model_len=-1)  # as much of the model's context as the KV cache has room for
+        config = AutoConfig.from_pretrained(path)
+        # vLLM compares a head in the file with the embeddings, to tell whether they are tied
+        tied = config.get_text_config().tie_word_embeddings
+        read = not blank or (tied and checkpoint_has_lm_head(path))
+        launcher = "external_launcher" if "WORLD_SIZE" in os.environ else None
+        try:
+            self.llm = LLM(
+                model=path, dtype=dtype or ("bfloat16" if self.cuda else "float32"),
+                load_format="auto" if read else "dummy",
+                tensor_parallel_size=tensor_parallel, distributed_executor_backend=launcher,
+                seed=int(os.environ.get("RANK", 0)) // tensor_parallel,
+                logprobs_mode="processed_logprobs", max_num_seqs=rows,
+                gpu_memory_utilization=memory, enable_sleep_mode=self.cuda,
+                enforce_eager=not self.cuda,
+                max_model_len=-1)  # as much of the model's context as the KV cache has room for
+        except (NotImplementedError, ValueError) as error:
+            raise SystemExit(self.refusal("start with", path, error)) from None
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config)
+        renamed = get_model_conversion_mapping(lm, add_legacy=False)
+        self.names = lm if renamed else None  # knows the names that a checkpoint's weights have
         self.context = self.llm.model_config.max_model_len
         self.ends = end_tokens(path, tokenizer)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights in place, one tensor at a time. Every rank calls, and none holds the whole model twice."""
+        """Take new weights and buffers in place, one tensor at a time. Every rank calls, and none
+        holds the whole model twice. Raises SystemExit if vLLM has no place for one."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if not self.cuda:  # vLLM 0.32 on a CPU computes with a packed copy of the head, which a reload leaves as it was
-            self.llm.apply_model(lambda lm: lm.lm_head.quant_method.process_weights_after_loading(lm.lm_head))
+        if not self.cuda:
+            self.llm.apply_model(self.forget_packed_experts)
+        try:
+            self.llm.collective_rpc("reload_weights",
+                                    kwargs={"weights_iterator": self.as_in_a_file(weights)})
+        except (AssertionError, AttributeError, KeyError, ValueError) as error:
+            raise SystemExit(self.refusal("take the weights of", self.path, error)) from None
+        if not self.cuda:
+            self.llm.apply_model(self.pack_heads)
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
         self.asleep = False
         self.llm.reset_prefix_cache()
+
+    def as_in_a_file(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same weights as checkpoints hold them, which is how vLLM reads them: transformers keeps
+        all experts of a layer in one tensor, and some weights under other names."""
+        for name, tensor in weights:
+            if self.names is None:
+                yield name, tensor
+            else:
+                yield from revert_weight_conversion(self.names, {name: tensor}).items()
+
+    # vLLM 0.32 on a CPU computes with packed copies of some weights. A reload packs the experts only
+    # for a new kernel, and a tied head not at all.
+    @staticmethod
+    def forget_packed_experts(lm: torch.nn.Module) -> None:
+        for module in lm.modules():
+            method = getattr(module, "quant_method", None)
+            if hasattr(method, "moe_kernel"):
+                method.moe_kernel = None
+
+    @staticmethod
+    def pack_heads(lm: torch.nn.Module) -> None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        for module in lm.modules():
+            if isinstance(module, VocabParallelEmbedding):  # a tied embedding is a head too
+                module.quant_method.process_weights_after_loading(module)
+
+    @staticmethod
+    def refusal(act: str, path: str, error: Exception) -> str:
+        reason = " ".join(str(error).split())[:300]
+        return f"error: --sampler vllm: vLLM cannot {act} {path} ({reason}); take --sampler hf"
 
     def rest(self) -> None:
         """Give the GPU's memory to the update. Weights are dropped, for `load` brings new ones."""
@@ -229,3 +288,27 @@ class VLLMSampler:
         logprobs = [entry[token].logprob for entry, token in zip(sample.logprobs, ids)]
         text = response_text(self.tokenizer, prompt, ids)
         return Rollout(prompt, ids, logprobs, "stop" if ids[-1] in self.ends else "length", text)
+
+
+ROUNDING = {"cuda": 0.2, "cpu": 0.01}  # nats per token: what bf16 and fp32 may differ by in the mean
+
+
+def first_sync(sampler: HFSampler | VLLMSampler, policy: Policy, prompt: list[int]) -> None:
+    """Give the sampler its first weights, and see that it has become the policy: an engine skips in
+    silence what it does not know. A collective.
+
+    Raises SystemExit if the log-probabilities of a few samples are not the policy's.
+    """
+    sampler.rest()  # so all that `load` does not bring is missing, as after every update
+    sampler.load(full_weights(policy))
+    rollouts = sampler.sample([prompt], 4, seed=(0,), keys=[0], max_tokens=16)[0]
+    stats = score(policy, [prompt] * 4, [o.response_ids for o in rollouts], budget=4096)
+    sampled = torch.tensor([logp for o in rollouts for logp in o.logprobs])  # [T]
+    scored = torch.cat([s.logp for s in stats]).cpu()  # [T]
+    gap = (sampled - scored).abs().mean().nan_to_num(nan=torch.inf)
+    dist.all_reduce(gap, dist.ReduceOp.MAX)
+    vllm, device = isinstance(sampler, VLLMSampler), next(policy.parameters()).device
+    engine, other = ("vllm", "hf") if vllm else ("hf", "vllm")
+    require(gap < ROUNDING[device.type], f"--sampler {engine}: with the weights of the policy, a "
+            f"{type(policy.lm).__name__}, its log-probabilities differ from the policy's by {gap:.2g} "
+            f"nats per token; take --sampler {other} or another checkpoint")
