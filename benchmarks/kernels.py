@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py speed      # minutes; on a GPU where there is one, else on the CPU at a smaller size
     python benchmarks/kernels.py ladder     # errors from large to tiny divergences, bf16
-    python benchmarks/kernels.py draw       # the tables and figures of what the two wrote
+    python benchmarks/kernels.py top_k      # errors of top-K gradients from fat to thin tails
+    python benchmarks/kernels.py draw       # the tables and figures of what the three wrote
 
 Writes results/kernels/. Rivals that are installed take part: TRL (>= 1.16), liger-kernel (>= 0.8.5), and PyTorch's own
 full logits, torch.compile and F.linear_cross_entropy. Times are taken in rounds, each contender once a round beside the
@@ -380,6 +381,162 @@ def ladder(args: argparse.Namespace) -> None:
                                "rows": rows})
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# top-K: the gradient as the student's tail gets thinner
+# ---------------------------------------------------------------------------------------------------------------------
+TAILS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+TOP_K_DIVERGENCES = {
+    "reverse": Divergence("reverse_kl"),
+    "forward": Divergence("forward_kl"),
+    "jsd": Divergence("jsd", beta=0.5),
+    "mixed": Divergence("mixed_kl", beta=0.5),
+    "clipped": Divergence("forward_kl", clip=0.05),
+}
+
+
+class Sure(NamedTuple):
+    """One token per tail of TAILS: a student that has all other mass on K entries, and a teacher."""
+
+    hidden: Tensor  # [T, D]
+    head: Tensor  # [V, D]
+    y: Tensor  # [T]
+    teacher_hidden: Tensor  # [T, D]
+
+
+def sure(vocabulary: int, k: int, peaked: bool, width: int = 32, seed: int = 0) -> Sure:
+    """Three coordinates of the hidden states stand for the likeliest entry, for the K, and for none;
+    the others are noise. A peaked student has e^10 times as much on its mode as on others of the K."""
+    g = torch.Generator().manual_seed(seed)
+    head = torch.randn(vocabulary, width, generator=g, dtype=torch.float64) / width**0.5
+    head[:, :2] = 0
+    members = torch.randperm(vocabulary, generator=g)[:k]
+    head[members, 1] = 1
+    head[members[0], 0] = 1
+    hidden = torch.randn(len(TAILS), width, generator=g, dtype=torch.float64)
+    hidden[:, 0] = 10.0 if peaked else 0.0
+    hidden[:, 1] = 0
+    z = hidden @ head.T
+    outside = torch.ones(vocabulary, dtype=torch.bool).index_fill(0, members, False)
+    lead = z[:, members].logsumexp(-1) - z[:, outside].logsumexp(-1)
+    tails = torch.tensor(TAILS, dtype=torch.float64)
+    hidden[:, 1] = torch.log((1 - tails) / tails) - lead
+    teacher = hidden + 0.2 * torch.randn(len(TAILS), width, generator=g, dtype=torch.float64)
+    y = members[0].expand(len(TAILS))
+    return Sure(hidden.float().requires_grad_(), head.float(), y, teacher.float())
+
+
+def top_k_truth(p: Sure, d: Divergence) -> Tensor:
+    """dz [T, V] of the divergence, float64 from the hidden states on, by autograd."""
+    head = p.head.double()
+    z = (p.hidden.detach().double() @ head.T).requires_grad_()
+    lp = z.log_softmax(-1)
+    lq = (p.teacher_hidden.double() @ head.T).log_softmax(-1)
+    index = lp.topk(d.top_k).indices
+    outside = torch.ones_like(lp).scatter(-1, index, 0) > 0
+    a, b = (torch.cat([x.gather(-1, index),
+                       x.where(outside, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+            for x in (lp, lq))
+    forward, reverse = b.exp() * (b - a), a.exp() * (a - b)
+    if d.kind == "jsd":
+        m = ((a.exp() + b.exp()) / 2).log()
+        kl = (b.exp() * (b - m) + a.exp() * (a - m)) / 2
+    elif d.kind == "reverse_kl":
+        kl = reverse
+    elif d.kind == "forward_kl":
+        kl = forward.clamp(max=d.clip or math.inf)
+    else:
+        kl = d.beta * reverse + (1 - d.beta) * forward
+    return torch.autograd.grad(kl.sum(), z)[0]
+
+
+def top_k_dz(p: Sure, d: Divergence, dtype: torch.dtype) -> Tensor:
+    """dz [T, V] of the kernels' own logits, each entry rounded to dtype."""
+    z, zt = p.hidden.detach() @ p.head.T, p.teacher_hidden @ p.head.T
+    chunk = head_module.Chunk(z, zt, p.y, head_module.Settings((1.0,), d, 1.0))
+    zeros = torch.zeros(len(p.y))
+    dz = torch.empty_like(z, dtype=dtype)
+    chunk.gradient(head_module.Upstream(zeros, None, zeros + 1, zeros), dz)
+    return dz.double()
+
+
+def top_k(args: argparse.Namespace) -> None:
+    rows = []
+    for vocabulary in ([args.vocabulary] if args.vocabulary else [1_024, 151_936]):
+        for k in (1, 20, 100):
+            for peaked in (True, False) if k > 1 else (True,):
+                p = sure(vocabulary, k, peaked)
+                for name, d in TOP_K_DIVERGENCES.items():
+                    rows += top_k_rows(p, d._replace(top_k=k), name, peaked)
+                    print(rows[-1], flush=True)
+    write(args, args.name, {"rows": rows})
+
+
+def top_k_rows(p: Sure, d: Divergence, name: str, peaked: bool) -> list[dict]:
+    right = top_k_truth(p, d)
+    right_hidden, rows = right @ p.head.double(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        dz = top_k_dz(p, d, dtype)
+        error = (dz - right).norm(dim=-1) / right.norm(dim=-1)
+        hidden_error = (dz @ p.head.double() - right_hidden).norm(dim=-1) / right_hidden.norm(dim=-1)
+        for tail, of_dz, of_hidden in zip(TAILS, error.tolist(), hidden_error.tolist()):
+            rows.append({"vocabulary": len(p.head), "k": d.top_k, "peaked": peaked,
+                         "divergence": name, "dz": str(dtype).removeprefix("torch."), "tail": tail,
+                         "dz_error": of_dz, "d_hidden_error": of_hidden})
+    return rows
+
+
+def top_k_worst(rows: list[dict], field: str, **only) -> dict[float, float]:
+    """The largest error at each tail."""
+    worst: dict[float, float] = {}
+    for row in rows:
+        if all(row[key] == value for key, value in only.items()):
+            worst[row["tail"]] = max(row[field], worst.get(row["tail"], 0.0))
+    return worst
+
+
+def top_k_table(numbers: dict) -> list[str]:
+    lines = ["Relative error of dz / of d_hidden of one token, the largest over vocabularies of "
+             f"{' and '.join(f'{v:,}' for v in sorted({r['vocabulary'] for r in numbers['rows']}))} and over peaked and "
+             "flat students. Student's top K and tail, float64 from the hidden states as the truth. bf16 is dz rounded as "
+             "CUDA rounds it, on a CPU."]
+    for dtype in ("float32", "bfloat16"):
+        tails = TAILS[::-1]
+        lines += ["", f"| dz in {dtype}, student's tail: | " + " | ".join(f"{t:.0e}" for t in tails) + " |",
+                  "|---" * (len(tails) + 1) + "|"]
+        for name in TOP_K_DIVERGENCES:
+            for k in (1, 20, 100):
+                only = {"dz": dtype, "divergence": name, "k": k}
+                of_dz = top_k_worst(numbers["rows"], "dz_error", **only)
+                of_hidden = top_k_worst(numbers["rows"], "d_hidden_error", **only)
+                cells = [f"{of_dz[t]:.0e} / {of_hidden[t]:.0e}" for t in tails]
+                lines.append(f"| {name}, K = {k} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def top_k_figure(after: dict, before: dict, path: Path) -> None:
+    """The worst divergence of each K, before and after, dz in fp32 and in bf16."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharex=True, sharey=True)
+    for axis, dtype in zip(axes, ("float32", "bfloat16")):
+        for k, color, marker in ((1, "C0", "o"), (20, "C1", "s"), (100, "C2", "^")):
+            for numbers, line in ((before, "--"), (after, "-")):
+                worst = top_k_worst(numbers["rows"], "dz_error", dz=dtype, k=k)
+                when = "before" if numbers is before else "now"
+                axis.plot(list(worst), list(worst.values()), line, color=color, marker=marker,
+                          markersize=5, label=f"K = {k}, {when}")
+        axis.set(xscale="log", yscale="log", title=f"dz in {dtype}", xlabel="student's mass outside of the K")
+        axis.axhline(1, color="0.6", linewidth=0.8)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("relative error of a token's dz, worst divergence")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.savefig(path, dpi=150)
+
+
 def write(args: argparse.Namespace, what: str, numbers: dict) -> None:
     packages = {}
     for name in ("torch", "triton", "trl", "liger-kernel"):
@@ -405,13 +562,23 @@ def device() -> str:
 def draw(args: argparse.Namespace) -> None:
     for path in sorted(args.out.glob("*.json")):
         numbers = json.loads(path.read_text())
-        lines = speed_table(numbers) if path.name.startswith("speed") else ladder_table(numbers)
+        if path.name.startswith(("topk-training", "top_k_before")):
+            continue
+        if path.name.startswith("speed"):
+            lines = speed_table(numbers)
+        elif path.name.startswith("top_k"):
+            lines = top_k_table(numbers)
+        else:
+            lines = ladder_table(numbers)
         about = (f"{numbers['device']}; " + ", ".join(f"{k} {v}" for k, v in numbers["packages"].items() if v)
                  + f"; commit {numbers['commit']}; `{numbers['command']}`")
         path.with_suffix(".md").write_text("\n".join([*lines, "", about]) + "\n")
         print(path.with_suffix(".md").read_text())
         if path.name.startswith("ladder"):
             ladder_figure(numbers, path.with_suffix(".png"))
+        if path.name.startswith("top_k"):
+            before = json.loads((path.parent / path.name.replace("top_k", "top_k_before")).read_text())
+            top_k_figure(numbers, before, path.with_suffix(".png"))
 
 
 def speed_table(numbers: dict) -> list[str]:
@@ -475,12 +642,13 @@ def ladder_figure(numbers: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "ladder", "draw"])
+    parser.add_argument("what", choices=["speed", "ladder", "top_k", "draw"])
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--width", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=10 if DEVICE.type == "cuda" else 3)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "kernels")
+    parser.add_argument("--name", default="top_k", help="top_k: of the file it writes")
     parser.add_argument("--to_stdout", action="store_true", help="ladder: print JSON instead of writing it")
     arguments = parser.parse_args()
-    {"speed": speed, "ladder": ladder, "draw": draw}[arguments.what](arguments)
+    {"speed": speed, "ladder": ladder, "top_k": top_k, "draw": draw}[arguments.what](arguments)

@@ -271,47 +271,63 @@ class Chunk:
             upstream = upstream._replace(drag=torch.where(d_kl == 0, 0, d_kl * self.row.slope))
         self.rows.gradient(self.z, self.zt, self.y, self.s, self.divergence, self.row, upstream, out)
         if d_kl is not None and self.buckets:
-            self.buckets.add_gradient(d_kl, upstream.drag, self.s, out)
+            self.write_kept(d_kl, upstream, out)
+
+    def write_kept(self, d_kl: Tensor, upstream: Upstream, out: Tensor) -> None:
+        """Overwrite the K entries in out [C, V]: each is written once, with all of its terms.
+
+        The tail's term is not taken back from them. It may be a thousand times what is left, and
+        out may be bf16.
+        """
+        index, row = self.buckets.index, self.row
+        log_p = self.s * (self.buckets.kept - row.top[:, None]) - row.log_sum[:, None]
+        pull = self.buckets.pull(d_kl)
+        dz = self.s * rows_torch.entries(index, log_p, pull, self.y, row, upstream)
+        idle = silent((upstream.logp, upstream.entropy, d_kl), self.y)
+        out.scatter_(-1, index, dz.masked_fill(idle[:, None], 0).to(out.dtype))
 
 
 class Buckets:
     """A divergence over K entries of the vocabulary and, with a tail, all others as one more.
 
-    The tail's logit is the log-sum-exp of the others'. The softmax of these K + 1 logits has the probabilities of the K
-    entries and of the tail, so that K + 1 logits take the place of V and nothing else changes.
+    The tail's logit is the log-sum-exp of the others'. The softmax of these K + 1 logits has the
+    probabilities of the K entries and of the tail, so that K + 1 logits take the place of V and
+    nothing else changes.
     """
 
     def __init__(self, z: Tensor, zt: Tensor, divergence: Divergence, s: float, log_sum: Callable):
         k = min(divergence.top_k, z.shape[1])
         self.tail = divergence.tail
-        self.index = (z if divergence.support == "student" else zt).topk(k, sorted=False).indices  # [C, K]
+        by = z if divergence.support == "student" else zt
+        self.index = by.topk(k, sorted=False).indices  # [C, K]
+        self.kept = z.gather(-1, self.index).clamp_(min=FLOOR)  # the student's logits, [C, K]
         small = []
         for full in (z, zt):
             kept = full.gather(-1, self.index)
             origin = kept.amax(-1)
             logits = kept - origin[:, None]
-            if self.tail:  # summed over the others: 1 − Σ_K p has few right digits where the tail is thin
+            if self.tail:  # summed over the others: 1 − Σ_K p has few digits when the tail is thin
                 full.scatter_(-1, self.index, FLOOR)
                 logits = torch.cat([logits, log_sum(full, s, origin)[:, None]], -1)
                 full.scatter_(-1, self.index, kept)
             small.append(logits)
         any_target = torch.zeros_like(self.index[:, 0])
         self.row = rows_torch.statistics(*small, any_target, s, divergence)
-        self.p, self.slope = small  # [C, K] or [C, K + 1]: what statistics put in place of the logits
+        self.p, self.slope = small  # [C, K] or [C, K + 1]: `statistics` wrote over the logits
 
     def drag(self, d_kl: Tensor) -> Tensor:
-        """What the divergence subtracts from the gradient of every entry of the tail, in units of its p_j, [C]."""
+        """What every entry of the tail loses by the divergence, in units of its p_j, [C]."""
         if not self.tail:
             return torch.zeros_like(d_kl)
         p = self.p[:, -1]
-        return torch.where((p > 0) & (d_kl != 0), d_kl * (self.row.slope - self.slope[:, -1] / p), 0)
+        own = self.row.slope - self.slope[:, -1] / p
+        return torch.where((p > 0) & (d_kl != 0), d_kl * own, 0)
 
-    def add_gradient(self, d_kl: Tensor, drag: Tensor, s: float, out: Tensor) -> None:
-        """Put the K entries' own gradient into out [C, V], in place of the tail's that was written everywhere."""
+    def pull(self, d_kl: Tensor) -> Tensor:
+        """What the divergence adds to the gradient of the K entries, [C, K]."""
         k = self.index.shape[1]
-        p = self.p[:, :k]
-        own = d_kl[:, None] * (self.slope[:, :k] - p * self.row.slope[:, None]) + drag[:, None] * p
-        out.scatter_add_(-1, self.index, torch.where(d_kl[:, None] == 0, 0, s * own).to(out.dtype))
+        own = self.slope[:, :k] - self.p[:, :k] * self.row.slope[:, None]
+        return torch.where(d_kl[:, None] == 0, 0, d_kl[:, None] * own)
 
 
 def backend(z: Tensor, divergence: Divergence | None):

@@ -19,20 +19,25 @@ from torch import Tensor
 
 from kernels.divergence import Divergence, Pair
 
-FLOOR = -1e30  # stands for −inf, a column without mass: its exp() is 0, and the difference of two such logits is finite
-TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}  # of the [rows, V] logits that a thread works on at a time
+# Stands for −inf, a column without mass: its exp() is 0, and the difference of two is finite.
+FLOOR = -1e30
+TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}  # logits that a thread works on at a time
+BLOCK = 128  # columns of a block in `modes`
 
 
 class Rows(NamedTuple):
-    """What a row leaves behind, each [C]; NaN where there is no teacher or no divergence."""
+    """What a row leaves behind, each [C]; NaN when there is no teacher or no divergence."""
 
     logp: Tensor  # log p_y
-    entropy: Tensor  # −Σ_j p_j·log p_j
+    entropy: Tensor  # H(p) = −Σ_j p_j·log p_j
     teacher_logp: Tensor  # log q_y
     teacher_entropy: Tensor
-    teacher_greedy: Tensor  # 1 where nothing is more likely than y to the teacher, else 0
+    teacher_greedy: Tensor  # 1 when nothing is more likely than y to the teacher, else 0
     kl: Tensor  # Σ_j value_j
-    slope: Tensor  # Σ_j slope_j
+    slope: Tensor  # Σ_j slope_j, when a multiple of p_j makes the slope of the student's mode 0
+    mode: Tensor  # the student's most likely entry
+    top: Tensor  # its logit
+    log_sum: Tensor  # log Σ_j exp(s·(z_j − top)); −log_sum is the log-probability of the mode
     state: Tensor | None = None  # what else this backend's gradient needs of a row
 
 
@@ -42,63 +47,111 @@ class Upstream(NamedTuple):
     logp: Tensor
     entropy: Tensor | None
     kl: Tensor | None
-    drag: Tensor  # what p_j is multiplied with and taken from dz_j: Σ_j slope_j times ∂L/∂kl, or a tail's part of it
+    drag: Tensor  # dz_j loses drag·p_j: ∂L/∂kl times Σ_j slope_j, or times a tail's part of it
 
 
-def statistics(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Divergence | None) -> Rows:
-    """Statistics of every row. Overwrites z with p and, where there is a divergence, zt with slope_j."""
+class Softmax(NamedTuple):
+    """What the softmax of a row leaves behind: the first three [C, 1], the others [C]."""
 
-    def work(tiles: list[slice]) -> list[tuple[Tensor, ...]]:
-        room = z.new_empty(3, tiles[0].stop - tiles[0].start, z.shape[1])  # made once: fresh memory is slow to touch
-        return [tile(z[r], None if zt is None else zt[r], y[r], s, divergence, *room[:, : len(z[r])]) for r in tiles]
+    mode: Tensor
+    top: Tensor
+    log_sum: Tensor
+    logp: Tensor
+    entropy: Tensor
+    greedy: Tensor
 
-    return Rows(*(torch.cat(field) for field in zip(*spread(work, z))))
+
+def statistics(z: Tensor, zt: Tensor | None, y: Tensor, s: float,
+               divergence: Divergence | None) -> Rows:
+    """Statistics of every row. Overwrites z with p and, given a divergence, zt with slope_j."""
+
+    def work(tiles: list[slice]) -> list[Rows]:
+        rows = tiles[0].stop - tiles[0].start
+        room = z.new_empty(3, rows, z.shape[1])  # made once: fresh memory is slow to touch
+        found = []
+        for r in tiles:
+            teacher = None if zt is None else zt[r]
+            found.append(tile(z[r], teacher, y[r], s, divergence, *room[:, : len(z[r])]))
+        return found
+
+    return Rows(*(torch.cat(field) for field in list(zip(*spread(work, z)))[:-1]))
 
 
-def tile(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Divergence | None, x: Tensor, e: Tensor,
-         w: Tensor) -> tuple[Tensor, ...]:
+def tile(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Divergence | None,
+         x: Tensor, e: Tensor, w: Tensor) -> Rows:
     """`statistics` of a few rows. x, e, w: room of z's shape."""
     z.clamp_(min=FLOOR)
     nan = z.new_full(y.shape, torch.nan)
+    if zt is not None:
+        torch.sub(zt.clamp_(min=FLOOR), z, out=x)
+    student = softmax_(z, y, s, e)
+    mode, top, log_sum = student[:3]
+    of_student = dict(logp=student.logp, entropy=student.entropy, mode=mode[:, 0], top=top[:, 0],
+                      log_sum=log_sum[:, 0])
+    rows = Rows(nan, nan, nan, nan, nan, nan, nan, nan, nan, nan)._replace(**of_student)
     if zt is None:
-        _, _, logp, entropy, _ = softmax_(z, y, s, e)
-        return logp, entropy, nan, nan, nan, nan, nan
-    torch.sub(zt.clamp_(min=FLOOR), z, out=x)
-    top, log_sum, logp, entropy, _ = softmax_(z, y, s, e)
-    teacher_top, teacher_log_sum, *teacher = softmax_(zt, y, s, e)
+        return rows
+    teacher = softmax_(zt, y, s, e)
+    rows = rows._replace(teacher_logp=teacher.logp, teacher_entropy=teacher.entropy,
+                         teacher_greedy=teacher.greedy)
     if divergence is None:
-        return logp, entropy, *teacher, nan, nan
+        return rows
     p, q = z, zt
-    scale_(x, s).sub_((teacher_top - top).mul_(s).add_(teacher_log_sum - log_sum))  # log q − log p
-    # q − p = p·expm1(x) up to x = 1; beyond, where that might overflow, q − e·p loses nothing and is added to p·(e − 1)
+    # log q − log p
+    scale_(x, s).sub_((teacher.top - top).mul_(s).add_(teacher.log_sum - log_sum))
+    # q − p = p·expm1(x) up to x = 1; beyond, where that might overflow, q − e·p loses nothing and
+    # is added to p·(e − 1)
     gap = torch.clamp(x, max=1, out=e).expm1_().mul_(p)
     gap.add_(torch.sub(q, p, alpha=math.e, out=w).clamp_(min=0))
     value, slope = divergence.terms(Pair(p, q, x, gap))
-    zt.copy_(slope)
-    return logp, entropy, *teacher, value.sum(-1), zt.sum(-1)
+    # A multiple of p_j is free. With the slope of the mode at 0, the gradient of a mode that has
+    # nearly all mass is made of the other entries' slopes and not of 1 − p_mode.
+    at_mode = slope.gather(-1, mode) / p.gather(-1, mode)
+    slope = torch.addcmul(slope, p, at_mode, value=-1, out=zt).scatter_(-1, mode, 0)
+    return rows._replace(kl=value.sum(-1), slope=slope.sum(-1))
 
 
-def softmax_(z: Tensor, y: Tensor, s: float, e: Tensor) -> tuple[Tensor, ...]:
-    """z becomes softmax(s·z). → max z and log Σ_j exp(s·(z_j − max z)), [C, 1]; log p_y, H(p), is y the mode, [C]."""
-    top = z.amax(-1, keepdim=True)
+def softmax_(z: Tensor, y: Tensor, s: float, e: Tensor) -> Softmax:
+    """z becomes softmax(s·z). e: room of z's shape."""
+    mode = modes(z)
+    top = z.gather(-1, mode)
     x = scale_(z.sub_(top), s)
     at_y = x.gather(-1, y[:, None])[:, 0]
-    total = torch.exp(x, out=e).sum(-1, keepdim=True)
-    log_sum = total.log()
-    entropy = log_sum[:, 0] - x.mul_(e).sum(-1) / total[:, 0]
-    torch.div(e, total, out=z)
-    return top, log_sum, at_y - log_sum[:, 0], entropy, (at_y == 0).to(z.dtype)
+    # The mode's exp() is 1. It is left out of the sum, which would round a thin rest away.
+    torch.exp(x, out=e).scatter_(-1, mode, 0)
+    rest = e.sum(-1, keepdim=True)
+    log_sum = rest.log1p()
+    total = rest + 1
+    entropy = (log_sum - x.mul_(e).sum(-1, keepdim=True) / total)[:, 0]
+    torch.div(e.scatter_(-1, mode, 1), total, out=z)
+    return Softmax(mode, top, log_sum, at_y - log_sum[:, 0], entropy, (at_y == 0).to(z.dtype))
+
+
+def modes(z: Tensor) -> Tensor:
+    """The column of the largest logit of every row, [C, 1]. argmax over a whole row of a CPU takes
+    as long as exp, the largest of each block next to nothing."""
+    blocks = z.shape[1] // BLOCK
+    columns = torch.arange(blocks * BLOCK, z.shape[1], device=z.device).expand(len(z), -1)
+    if blocks:
+        largest = z[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(-1)
+        first = largest.argmax(-1, keepdim=True) * BLOCK
+        inside = first + torch.arange(BLOCK, device=z.device)
+        columns = torch.cat([inside, columns], -1)
+    return columns.gather(-1, z.gather(-1, columns).argmax(-1, keepdim=True))
 
 
 def scale_(x: Tensor, s: float) -> Tensor:
     return x if s == 1 else x.mul_(s)
 
 
-def gradient(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Divergence | None, row: Rows, d: Upstream,
-             out: Tensor) -> None:
-    """∂L/∂z_j = s·(d.logp·(1[j=y] − p_j) − d.entropy·p_j·(log p_j + H) + d.kl·slope_j − d.drag·p_j), into out [C, V].
+def gradient(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Divergence | None,
+             row: Rows, d: Upstream, out: Tensor) -> None:
+    """∂L/∂z_j, into out [C, V]: s times
 
-    z and zt are as `statistics` left them; out may be z. A row whose d is all 0 gets exact zeros, even if z has NaNs.
+        d.logp·(1[j=y] − p_j) − d.entropy·p_j·(log p_j + H) + d.kl·slope_j − d.drag·p_j
+
+    z and zt are as `statistics` left them; out may be z. A row whose d is all 0 gets exact zeros,
+    even if z has NaNs.
     """
     idle = (d.logp == 0) & (d.drag == 0)
     on_p = d.logp + d.drag
@@ -107,6 +160,13 @@ def gradient(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Dive
         on_p = on_p + d.entropy * row.entropy
     if d.kl is not None:
         idle &= d.kl == 0
+    # The target and the mode are made by themselves: log p keeps the digits that p near 1 lacks.
+    some = torch.stack([y, row.mode], -1)
+    log_p = torch.stack([row.logp, -row.log_sum], -1)
+    pull = -d.drag[:, None] * log_p.exp()
+    if d.kl is not None:
+        pull = pull + d.kl[:, None] * zt.gather(-1, some)
+    at_some = s * entries(some, log_p, pull, y, row, d)
 
     def work(tiles: list[slice]) -> list:
         for r in tiles:
@@ -116,7 +176,7 @@ def gradient(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Dive
                 dz.addcmul_(p_log_p, d.entropy[r, None], value=-s)
             if d.kl is not None:
                 dz.addcmul_(zt[r], d.kl[r, None], value=s)
-            dz.scatter_add_(-1, y[r, None], s * d.logp[r, None])
+            dz.scatter_(-1, some[r], at_some[r])
             if out is not z:
                 out[r] = dz
         return []
@@ -124,6 +184,21 @@ def gradient(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Dive
     spread(work, z)
     if idle.any():
         out[idle] = 0
+
+
+def entries(index: Tensor, log_p: Tensor, pull: Tensor, y: Tensor, row: Rows,
+            d: Upstream) -> Tensor:
+    """∂L/∂z_j/s of the entries at `index` [C, n], each with all of its terms at once.
+
+    log_p: their log-probabilities. pull: what the divergence adds to each.
+    """
+    minus_p = -log_p.exp()
+    one_minus_p = -log_p.expm1()  # not a subtraction: p may be 1 − 1e-9
+    of_logp = torch.where(index == y[:, None], one_minus_p, minus_p)
+    out = d.logp[:, None] * of_logp + pull
+    if d.entropy is not None:
+        out += d.entropy[:, None] * minus_p * (log_p + row.entropy[:, None])
+    return out
 
 
 def log_sum(z: Tensor, s: float, origin: Tensor) -> Tensor:

@@ -337,6 +337,47 @@ def test_a_column_that_one_model_alone_has_masked():
     assert (infinite.kl > 1e20).all()  # mass where the teacher has none
 
 
+RULED_OUT = {  # who has no mass (student, teacher), and at which of the columns
+    "teacher, at the target": (False, True, "target"),
+    "teacher, at the student's mode": (False, True, "student's mode"),
+    "student, at the target": (True, False, "target"),
+    "student, at the teacher's mode": (True, False, "teacher's mode"),
+    "both, at the target": (True, True, "target"),
+    "both, at the student's mode": (True, True, "student's mode"),
+}
+
+
+@pytest.mark.parametrize("where", RULED_OUT)
+def test_what_a_model_rules_out_spoils_no_value_and_no_gradient(where):
+    """Only the divergences that are finite there: the forward KL when the teacher has no mass, the
+    reverse KL when the student has none. The oracle's logit is −700, whose exp() is 1e-304."""
+    by_student, by_teacher, place = RULED_OUT[where]
+    z, zt = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(8))
+    y = torch.tensor([0, 5, 7])
+    places = {"target": y, "student's mode": z.argmax(-1), "teacher's mode": zt.argmax(-1)}
+    column = places[place][:, None]
+    z64, zt64 = z.double(), zt.double()
+    names = ["jsd", "student's top-5 and tail (SDPO)"]
+    if by_student:
+        z, z64 = z.scatter(-1, column, -torch.inf), z64.scatter(-1, column, -700.0)
+        names += ["reverse", "student's top-5 renormalised"]
+    if by_teacher:
+        zt, zt64 = zt.scatter(-1, column, -torch.inf), zt64.scatter(-1, column, -700.0)
+        names += ["forward", "clipped (OPSD)", "teacher's top-5 and tail"]
+    one = torch.ones(3)
+    for name in names:
+        d = DIVERGENCES[name]
+        chunk = head_module.Chunk(z.clone(), zt.clone(), y, head_module.Settings((1.0,), d, 1.0))
+        dz = torch.empty_like(z)
+        chunk.gradient(rows_torch.Upstream(0 * one, one, one, 0 * one), dz)
+        of = z64.clone().requires_grad_()
+        expected = oracle_of_logits(of, zt64, y, d)
+        (expected_dz,) = torch.autograd.grad((expected.entropy + expected.kl).sum(), of)
+        close(chunk.stats.kl, expected.kl, 2e-6, name)
+        close(chunk.stats.entropy, expected.entropy, 2e-6, name)
+        close(dz, expected_dz, 2e-6, name)
+
+
 @pytest.mark.parametrize("name", ["reverse", "forward", "jsd", "mixed", "clipped (OPSD)", "teacher's top-5 and tail"])
 def test_digits_of_small_divergences_given_the_logits(name):
     """Down the ladder, value and gradient keep their digits: what a subtraction of log-probabilities loses first."""
