@@ -24,8 +24,9 @@ from common.verifiers import THOUGHTS, open_thought
 SYSTEM = {"role": "system", "content": "Be brief."}  # the messages of the small chats
 QUESTION = {"role": "user", "content": "Is 7 prime?"}
 ANSWER = {"role": "assistant", "content": "Seven is prime."}
+THOUGHT = "One, seven."
 TODAY = datetime(2024, 7, 26)  # the day that Llama's templates take when they have no clock
-SWITCHES = ("enable_thinking", "thinking", "thinking_budget")  # names of the thinking switch
+SWITCHES = ("enable_thinking", "thinking", "reasoning", "thinking_budget")  # for --thinking
 REFUSALS = (TemplateError, TypeError, ValueError)  # what a template raises
 
 
@@ -55,7 +56,7 @@ def template_options(thinking: bool) -> dict:
     The clock stands still. A prompt is the same on every day, so a resumed run is the same run.
     """
     budget = -1 if thinking else 0  # Seed-OSS counts tokens of thought; -1 is no limit
-    switch = dict(zip(SWITCHES, (thinking, thinking, budget)))
+    switch = dict(zip(SWITCHES, (thinking, thinking, thinking, budget)))
     return {**switch, "strftime_now": TODAY.strftime}
 
 
@@ -94,14 +95,29 @@ def turn_tail(tokenizer: Tokenizer, *following: dict) -> str:
     return tail.partition(QUESTION["content"])[0] if found else ""
 
 
+def around_thought(tokenizer: Tokenizer) -> tuple[str, str]:
+    """What the template writes before a turn's thought, and what between the thought and the
+    answer; nothing when it shows no thoughts."""
+    names = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THOUGHT)
+    chat = [QUESTION, {**ANSWER, **names}]
+    try:
+        text = render(tokenizer, chat, thinking=True, generation_prompt=False)
+    except REFUSALS:
+        return "", ""
+    before, found, after = text.partition(QUESTION["content"])[2].partition(THOUGHT)
+    return (before, after.partition(ANSWER["content"])[0]) if found else ("", "")
+
+
 def turn_end(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> int | None:
     """The token that ends an assistant's turn: the first of the model's `ends` that the template
-    writes after the turn's text, or else the first control token there, or else the eos."""
+    writes after the turn's text, or else the first control token there, or else the eos. A token
+    that also ends a thought ends no turn (Solar Open has one)."""
     last, inner = turn_tail(tokenizer), turn_tail(tokenizer, QUESTION)
+    closing = tokenizer.encode(around_thought(tokenizer)[1], add_special_tokens=False)
     for tail in (last, inner):  # GLM-4 ends a turn with the next role's token
         ids = tokenizer.encode(tail, add_special_tokens=False)
         known = [i for i in ids if i in ends]
-        controls = [i for i in ids if is_control(tokenizer, i)]
+        controls = [i for i in ids if is_control(tokenizer, i) and i not in closing]
         found = known or controls
         if found:
             return found[0]
@@ -250,7 +266,7 @@ def check_thinking(model: str, tokenizer: Tokenizer, thinking: bool) -> None:
     asked = render(tokenizer, [QUESTION], thinking)
     switched = asked != render(tokenizer, [QUESTION], not thinking)
     require(switched or not thinking, f"{model} chat template has no thinking switch of the names "
-            f"{', '.join(SWITCHES)}; leave out --thinking, or set another name at the template's head")
+            f"{', '.join(SWITCHES)}; leave out --thinking, or set another name at its head")
     source = tokenizer.get_chat_template()
     names = set(re.findall(r"\b\w*(?:think|reason)\w*", source, re.IGNORECASE))
     for name in sorted(names.difference(SWITCHES)):
@@ -273,17 +289,24 @@ def check_turn(model: str, tokenizer: Tokenizer, thinking: bool) -> None:
     start = turn_start(tokenizer, thinking)
 
     header = without_tags(written.removeprefix(start))
-    missing = ignored and written.startswith(start) and header != ""
+    tail = turn_tail(tokenizer)
+    closed = without_space(tail).endswith(without_space(start))  # the prompt only ends a turn
+    first = tokenizer.encode(header, add_special_tokens=False)[:1]
+    users = tokenizer.encode(asked.partition(QUESTION["content"])[0], add_special_tokens=False)
+    role = closed or set(first) <= set(users)  # and no tag of an answer, as Command R7B has one
+    missing = ignored and role and written.startswith(start) and header != ""
     require(not missing, f"{model} chat template has no generation prompt: it does not write the "
             f"{header!r} that begins a turn; add {{% if add_generation_prompt %}} … {{% endif %}}")
 
     begun = without_space(written).startswith(without_space(start))
+    before, closing = around_thought(tokenizer)
+    opened = closing.strip() != "" and without_space(before) == without_space(start)
     tagged = without_tags(start) != start.strip()
-    require(begun or tagged, f"{model} chat template begins a response with {start.strip()!r}, as "
-            "no finished turn begins, and that is no known tag of thoughts; if it is one, add it "
-            "to THOUGHTS in common/verifiers.py")
+    fits = tagged or (begun and not opened)
+    require(fits, f"{model} chat template begins a response with {start.strip()!r}, which begins "
+            "no answer and has no known tag of thoughts; if it opens a thought, add the tag to "
+            "THOUGHTS in common/verifiers.py")
 
-    tail = turn_tail(tokenizer)
     ids = tokenizer.encode(tail, add_special_tokens=False)
     ended = tail.strip() == "" or any(is_control(tokenizer, i) for i in ids)
     require(ended, f"{model} chat template ends a turn with {tail.strip()!r}, which is no special "

@@ -50,9 +50,12 @@ THOUGHTS = (  # what opens and what closes a thought
     ("[THINK]", "[/THINK]"),  # Magistral
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
     ("◁think▷", "◁/think▷"),  # Kimi
+    ("<mm:think>", "</mm:think>"),  # MiniMax-M3
+    ("<think:opensource>", "</think:opensource>"),  # Hy3
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<|channel>", "<channel|>"),  # Gemma 4
+    ("<|think|>", "<|content|>"),  # Solar Open
     ("<|channel|>", "<|channel|>final<|message|>"),  # gpt-oss: every channel but the final one
 )
 

@@ -40,6 +40,14 @@ GPT_OSS = ("{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'a
            "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}")
 GLM = ("[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+SOLAR = ("{% for m in messages %}<|begin|>{{ m['role'] }}{% if m['reasoning'] %}<|think|>{{ m['reasoning'] }}<|end|>"
+         "<|begin|>{{ m['role'] }}{% endif %}<|content|>{{ m['content'] }}<|end|>{% endfor %}"
+         "{% if add_generation_prompt %}<|begin|>assistant{% endif %}")
+OPENED = CHATML.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<ponder>{{ m['reasoning_content'] }}"
+                        "</ponder>{% endif %}{{ m['content'] }}").replace("assistant\n{%", "assistant\n<ponder>{%")
+COHERE = CHATML.replace("<|im_end|>\n", "{% if m['role'] == 'assistant' %}<|stop|>{% endif %}<|im_end|>\n").replace(
+    "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<|answer|>{% endif %}{{ m['content'] }}").replace(
+    "{% if add_generation_prompt %}", "{% if messages[-1]['role'] == 'user' %}")
 MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}"
            "{{ eos_token }}{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}")
 METHODS = ["grpo", "rlsd", "sdpo", "hsd", "sdzero"]
@@ -212,7 +220,8 @@ def test_both_samplers_read_a_response_as_one_function_does():
     assert rollout.text == response_text(tokenizer, prompt, ids) == "<think>4?</think>5"
 
 
-@pytest.mark.parametrize("name, off", [("enable_thinking", "false"), ("thinking", "false"), ("thinking_budget", "0")])
+@pytest.mark.parametrize("name, off", [("enable_thinking", "false"), ("thinking", "false"), ("reasoning", "false"),
+                                       ("thinking_budget", "0")])
 def test_the_thinking_switch_is_turned_under_each_of_its_names(name, off, folder):
     """A switch that is on by default is off without --thinking, and on with it."""
     head = f"{{% if not {name} is defined %}}{{% set {name} = -1 %}}{{% endif %}}"
@@ -245,6 +254,7 @@ def test_the_end_of_the_templates_turn_ends_a_response(folder):
      {"<|endoftext|>", "<|im_end|>"}),  # Command A: the model's own end comes second
     (CHATML.replace("<|im_end|>", "{{ eos_token }}"), ROLES, "<|endoftext|>", {"<|endoftext|>"}),
     (MISTRAL, (), None, {"<|endoftext|>"}),
+    (SOLAR, ("<|begin|>", "<|think|>", "<|content|>", "<|end|>"), None, {"<|endoftext|>"}),  # <|end|> ends a thought
 ])
 def test_ends_are_the_models_the_tokenizers_and_the_templates(template, special, ends, expected, folder):
     """Several in a list, none in a file, and the next role's token if a turn has no end of its own."""
@@ -264,6 +274,9 @@ REFUSED = {
     "a switch think_first that is on": (
         CHATML.replace("assistant\n", "assistant\n{% if think_first != false %}<think>{% endif %}"), {}, {}),
     "has no generation prompt": (MESSAGES, {}, {}),
+    "does not write the '<|im_start|>assistant'": (
+        MESSAGES.replace("<|im_end|>", "{% if m['role'] == 'user' %}<|im_end|>{% else %}{{ eos_token }}{% endif %}"), {}, {}),
+    "begins a response with '<|im_end|>\\n<|im_start|>assistant\\n<ponder>', which": (OPENED, {}, {}),
     "begins a response with '<|im_end|>\\n<|im_start|>assistant\\n<ponder>'": (
         CHATML.replace("assistant\n", "assistant\n<ponder>\n"), {}, {}),
     "ends a turn with '<|fin|>'": (CHATML.replace("<|im_end|>", "<|fin|>"), {}, {}),
@@ -289,6 +302,12 @@ def test_what_cannot_be_trained_right_ends_at_load_in_one_line(message, folder):
         load_tokenizer(path, **options)
     line = str(ended.value)
     assert line.startswith("error: ") and message in line and "\n" not in line and ";" in line
+
+
+def test_a_prompt_that_leaves_the_answers_own_tag_to_the_model_is_no_error(folder):
+    """Command R7B writes <|START_RESPONSE|> itself, and its template always opens the turn."""
+    path = folder(build(COHERE, (*ROLES, "<|stop|>", "<|answer|>")))
+    assert text_of(load_tokenizer(path), ASK).endswith("<|im_start|>assistant\n")
 
 
 def test_a_token_beyond_the_embedding_that_nothing_uses_is_no_error(folder):
