@@ -253,7 +253,7 @@ class VLLMSampler:
 
     @staticmethod
     def refusal(act: str, path: str, error: Exception) -> str:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split("Value error, ")[-1].split())[:240]
         return f"error: --sampler vllm: vLLM cannot {act} {path} ({reason}); take --sampler hf"
 
     def rest(self) -> None:
