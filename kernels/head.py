@@ -1,17 +1,23 @@
-"""From hidden states to per-token quantities of the vocabulary distribution, without ever holding [T, V] logits.
+"""From hidden states to per-token quantities of the vocabulary distribution, without [T, V] logits.
 
-    token_stats(hidden, head, targets, …)                 differentiable tensors [T]; the backward recomputes the logits
-    head_loss(loss_fn, hidden, head, targets, tokens, …)  a scalar; loss_fn runs while a chunk's logits are at hand
+    token_stats(hidden, head, targets, …)
+        differentiable tensors [T]; the backward makes the logits again
+    head_loss(loss_fn, hidden, head, targets, tokens, …)
+        a scalar; loss_fn runs while a chunk's logits are at hand
 
-T tokens, D hidden width, V vocabulary. hidden [T, D] and head [V, D] (the weight of lm_head) are the student's. Given a
-teacher's hidden states, the same pass over the logits also yields the teacher's log-probabilities and a divergence
-between student p and teacher q. Gradients go to the student only. Logits are made a chunk of tokens at a time and are
-gone before the next; they are fp32 also where hidden and head are bf16, and float64 where those are.
+T tokens, D hidden width, V vocabulary. hidden [T, D] and head [V, D] (the weight of lm_head) are
+the student's. Given a teacher's hidden states, the same pass over the logits also yields the
+teacher's log-probabilities and a divergence between student p and teacher q. Gradients go to the
+student only. Logits are made one chunk of tokens at a time and are gone before the next chunk. They
+are fp32 when hidden and head are bf16 too, and float64 when those are.
 
-Both calls give the same numbers. With a teacher, head_loss takes 4 matrix products of the size [T, D]·[D, V] (3 with a
-frozen head) where token_stats takes 6, but its loss must be a sum over tokens whose normalisers are known beforehand.
-Rows of logits are worked on by rows_triton.py on CUDA and by rows_torch.py elsewhere; TRITON_INTERPRET=1 in the
-environment runs the former on a CPU, slowly, for tests. The mathematics is in docs/kernels.md.
+Both calls give the same numbers. With a teacher, head_loss takes 4 matrix products of the size
+[T, D]·[D, V] (3 with a frozen head) and token_stats takes 6. But the loss of head_loss must be a
+sum over tokens whose normalisers are known beforehand.
+
+Rows of logits are worked on by rows_triton.py on CUDA and by rows_torch.py elsewhere. With
+TRITON_INTERPRET=1 in the environment, rows_triton.py runs on a CPU, slowly, for tests. The
+mathematics is in docs/kernels.md.
 """
 from __future__ import annotations
 
@@ -26,11 +32,11 @@ from kernels import rows_torch
 from kernels.divergence import Divergence
 from kernels.rows_torch import FLOOR, Upstream
 
-# Logits of one model at a time. On CUDA 1,024 tokens of V = 151,936: enough for a full-speed product. On a CPU enough
-# that reading the head and its gradient again for every chunk costs little.
+# Logits of one model at a time. On CUDA 1,024 tokens of V = 151,936: enough for a full-speed
+# product. On a CPU enough that reading the head and its gradient again per chunk costs little.
 CHUNK_BYTES = {"cuda": 640 * 2**20, "cpu": 144 * 2**20}
-# Chunks whose bf16 gradients are multiplied together: dz·head of one chunk alone has too few tiles for a large GPU, and
-# every product for the head's gradient reads and writes all of it.
+# Chunks whose bf16 gradients are multiplied together. dz·head of one chunk alone has too few tiles
+# for a large GPU, and every product for the head's gradient reads and writes all of it.
 GROUP = 4
 
 
@@ -41,7 +47,7 @@ class TokenStats(NamedTuple):
     entropy: Tensor  # H(p)
     teacher_logp: Tensor  # log q(y); no gradient
     teacher_entropy: Tensor  # H(q); no gradient
-    teacher_greedy: Tensor  # 1 where the target is the teacher's most likely token, else 0; no gradient
+    teacher_greedy: Tensor  # 1 when y is the teacher's most likely token; no gradient
     kl: Tensor  # the divergence between p and q that was asked for
 
 
@@ -53,36 +59,46 @@ def token_stats(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: T
                 divergence: Divergence = Divergence(), temperature: float = 1.0) -> TokenStats:
     """TokenStats of `targets` [T] under p = softmax(hidden·headᵀ/temperature) and the teacher's q.
 
-    Differentiable in hidden and head (whichever requires a gradient); plain scoring under torch.no_grad().
-    teacher_head: None where the teacher has the student's head. A teacher whose logits are Σ_i mix_i·(logits of model
-    i) is given as sequences of hidden states and of heads, with teacher_mix.
-    Raises ValueError where shapes, dtypes or settings do not fit together.
+    Differentiable in hidden and head (if they require a gradient); plain scoring under
+    torch.no_grad().
+    teacher_head: None when the teacher has the student's head. A teacher whose logits are
+    Σ_i mix_i·(logits of model i) is given as sequences of hidden states and of heads, with
+    teacher_mix.
+    Raises ValueError when shapes, dtypes or settings do not fit together.
     """
-    inputs = Inputs.of(hidden, head, targets, teacher_hidden, teacher_head, teacher_mix, divergence, temperature)
-    return TokenStats(*RecomputedStats.apply(inputs.settings, hidden, head, targets, *inputs.teacher))
+    inputs = Inputs.of(hidden, head, targets, teacher_hidden, teacher_head, teacher_mix, divergence,
+                       temperature)
+    stats = RecomputedStats.apply(inputs.settings, hidden, head, targets, *inputs.teacher)
+    return TokenStats(*stats)
 
 
-def head_loss(loss_fn: Callable, hidden: Tensor, head: Tensor, targets: Tensor, tokens: NamedTuple | None,
-              teacher_hidden: Teacher = None, teacher_head: Teacher = None, *, teacher_mix: Sequence[float] = (1.0,),
-              divergence: Divergence = Divergence(), temperature: float = 1.0) -> tuple[Tensor, TokenStats]:
-    """Σ_t loss_fn(stats, tokens)_t and the (detached) TokenStats; the other arguments are those of token_stats.
+def head_loss(loss_fn: Callable, hidden: Tensor, head: Tensor, targets: Tensor,
+              tokens: NamedTuple | None, teacher_hidden: Teacher = None,
+              teacher_head: Teacher = None, *, teacher_mix: Sequence[float] = (1.0,),
+              divergence: Divergence = Divergence(),
+              temperature: float = 1.0) -> tuple[Tensor, TokenStats]:
+    """Σ_t loss_fn(stats, tokens)_t and the (detached) TokenStats. Other arguments as token_stats.
 
-    loss_fn: (TokenStats of some tokens, the same tokens' entries of `tokens`) → their losses, a tensor of that length.
-    It is called chunk by chunk, so it must treat every token by itself. tokens: a NamedTuple of [T] tensors or Nones.
-    A token to which loss_fn gives no gradient (weight 0) may have NaN hidden states: it adds nothing anywhere.
-    Raises ValueError as token_stats, and where loss_fn does not return one value a token.
+    loss_fn: (TokenStats of some tokens, the same tokens' entries of `tokens`) → their losses, a
+    tensor of that length. It is called once per chunk, so it must treat every token by itself.
+    tokens: a NamedTuple of [T] tensors or Nones.
+    A token to which loss_fn gives no gradient (weight 0) may have NaN hidden states: it adds
+    nothing anywhere.
+    Raises ValueError as token_stats does, and when loss_fn does not return one value per token.
     """
-    inputs = Inputs.of(hidden, head, targets, teacher_hidden, teacher_head, teacher_mix, divergence, temperature)
+    inputs = Inputs.of(hidden, head, targets, teacher_hidden, teacher_head, teacher_mix, divergence,
+                       temperature)
     wanted = tuple(x.requires_grad and torch.is_grad_enabled() for x in (hidden, head))
     loss, *stats = FusedLoss.apply(hidden, head, inputs, loss_fn, tokens, wanted)
     return loss, TokenStats(*stats)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the two ways through autograd
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 class RecomputedStats(torch.autograd.Function):
-    """TokenStats as tensors of the graph. Only the inputs are kept; the backward makes the logits a second time."""
+    """TokenStats as tensors of the graph. Only the inputs are kept; the backward makes the logits
+    a second time."""
 
     @staticmethod
     def forward(ctx, settings, hidden, head, targets, *teacher):
@@ -106,7 +122,7 @@ class RecomputedStats(torch.autograd.Function):
 
 
 class FusedLoss(torch.autograd.Function):
-    """The loss and, while a chunk's logits are at hand, its gradient, which the backward only scales."""
+    """The loss and, while a chunk's logits are at hand, its gradient. The backward scales it."""
 
     @staticmethod
     def forward(ctx, hidden, head, inputs, loss_fn, tokens, wanted):
@@ -114,14 +130,16 @@ class FusedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
         parts = []
         for c, chunk in chunks(inputs):
-            # loss_fn sees 0 instead of NaN, for 0·NaN is NaN; the loss of a token that does count becomes NaN again
+            # loss_fn sees 0 instead of NaN, for 0·NaN is NaN; the loss of a token that does count
+            # becomes NaN again
             broken = torch.stack(chunk.stats[: 6 if inputs.teacher else 2]).isnan().any(0)
             shown = TokenStats(*(x.masked_fill(broken, 0) for x in chunk.stats))
             variables = [x.requires_grad_() for x in (shown.logp, shown.entropy, shown.kl)]
             with torch.enable_grad():
-                losses = loss_fn(shown, tokens and tokens._make(x if x is None else x[c] for x in tokens))
+                losses = loss_fn(shown, of_chunk(tokens, c))
                 if losses.shape != broken.shape:
-                    raise ValueError(f"loss_fn must return one loss a token, [{len(broken)}], not {list(losses.shape)}")
+                    raise ValueError(f"loss_fn must return one loss a token, [{len(broken)}], "
+                                     f"not {list(losses.shape)}")
                 upstream = [None] * 3
                 if losses.requires_grad:
                     upstream = torch.autograd.grad(losses.sum(), variables, allow_unused=True)
@@ -140,22 +158,31 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx, d_loss, *_):
         refuse_double_backward()
         if ctx.grads is None:
-            raise RuntimeError("head_loss has one backward: its gradient is made in the forward and given away. Call "
-                               "it again, or use token_stats, which makes the gradient anew")
+            raise RuntimeError("head_loss has one backward: its gradient is made in the forward "
+                               "and given away. Call it again, or use token_stats, which makes "
+                               "the gradient anew")
         grads, ctx.grads = ctx.grads, None
-        if d_loss.is_cuda or d_loss != 1:  # on a GPU, to look at d_loss is to wait for all that came before
+        # On a GPU, to look at d_loss is to wait for all that came before.
+        if d_loss.is_cuda or d_loss != 1:
             grads = [None if g is None else g.mul_(d_loss) for g in grads]
         return *grads, None, None, None, None
 
 
+def of_chunk(tokens: NamedTuple | None, c: slice) -> NamedTuple | None:
+    if tokens is None:
+        return None
+    return tokens._make(x if x is None else x[c] for x in tokens)
+
+
 def refuse_double_backward() -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError("token_stats and head_loss can be differentiated once: no create_graph=True through them")
+        raise RuntimeError("token_stats and head_loss can be differentiated once: no "
+                           "create_graph=True through them")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # a chunk of tokens: logits → statistics → gradient of the logits
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 class Settings(NamedTuple):
     mix: Sequence[float]
     divergence: Divergence
@@ -166,29 +193,34 @@ class Inputs(NamedTuple):
     hidden: Tensor
     head: Tensor
     targets: Tensor
-    teacher: Sequence[Tensor]  # hidden states and head of each of its models in turn; empty without a teacher
+    teacher: Sequence[Tensor]  # hidden states and head of each of its models in turn, if any
     settings: Settings
 
     @classmethod
-    def of(cls, hidden, head, targets, teacher_hidden, teacher_head, mix, divergence, temperature) -> Inputs:
+    def of(cls, hidden, head, targets, teacher_hidden, teacher_head, mix, divergence,
+           temperature) -> Inputs:
         check(hidden, head, targets, "")
         divergence.check()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, not {temperature}")
+        settings = Settings(mix, divergence, 1.0 / temperature)
         teacher = []
-        if teacher_hidden is not None:
-            hiddens, heads = several(teacher_hidden), several(head if teacher_head is None else teacher_head)
-            heads = heads * len(hiddens) if len(heads) == 1 else heads
-            if not len(hiddens) == len(heads) == len(mix):
-                raise ValueError("a mixed teacher needs a teacher_hidden, a teacher_head and a teacher_mix for each "
-                                 f"model, not {len(hiddens)}, {len(heads)} and {len(mix)}")
-            for h, w in zip(hiddens, heads):
-                check(h, w, targets, "teacher_")
-                if w.shape[0] != head.shape[0]:
-                    raise ValueError(f"teacher_head has {w.shape[0]} vocabulary entries and head {head.shape[0]}: cut "
-                                     "both to the entries that they share")
-                teacher += [h.detach(), w.detach()]
-        return cls(hidden, head, targets, teacher, Settings(mix, divergence, 1.0 / temperature))
+        if teacher_hidden is None:
+            return cls(hidden, head, targets, teacher, settings)
+        hiddens = several(teacher_hidden)
+        heads = several(head if teacher_head is None else teacher_head)
+        heads = heads * len(hiddens) if len(heads) == 1 else heads
+        if not len(hiddens) == len(heads) == len(mix):
+            raise ValueError("a mixed teacher needs a teacher_hidden, a teacher_head and a "
+                             f"teacher_mix for each model, not {len(hiddens)}, {len(heads)} and "
+                             f"{len(mix)}")
+        for h, w in zip(hiddens, heads):
+            check(h, w, targets, "teacher_")
+            if w.shape[0] != head.shape[0]:
+                raise ValueError(f"teacher_head has {w.shape[0]} vocabulary entries and head "
+                                 f"{head.shape[0]}: cut both to the entries that they share")
+            teacher += [h.detach(), w.detach()]
+        return cls(hidden, head, targets, teacher, settings)
 
 
 def several(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -197,16 +229,18 @@ def several(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 def check(hidden: Tensor, head: Tensor, targets: Tensor, who: str) -> None:
     if hasattr(head, "full_tensor"):
-        raise TypeError(f"{who}head is a DTensor, one rank's share of a weight: call this inside the forward of the "
-                        "FSDP module that owns it, where the weight is whole")
+        raise TypeError(f"{who}head is a DTensor, one rank's share of a weight: call this inside "
+                        "the forward of the FSDP module that owns it, where the weight is whole")
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(f"{who}hidden must be [T, D] and {who}head [V, D], not {list(hidden.shape)} and "
-                         f"{list(head.shape)}")
+        raise ValueError(f"{who}hidden must be [T, D] and {who}head [V, D], not "
+                         f"{list(hidden.shape)} and {list(head.shape)}")
     if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be [{hidden.shape[0]}], one for each {who}hidden, not {list(targets.shape)}")
-    if hidden.dtype != head.dtype or hidden.dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"{who}hidden and {who}head must both be bfloat16, float32 or float64, not {hidden.dtype} and "
-                         f"{head.dtype}: cast one of them")
+        raise ValueError(f"targets must be [{hidden.shape[0]}], one for each {who}hidden, not "
+                         f"{list(targets.shape)}")
+    known = (torch.bfloat16, torch.float32, torch.float64)
+    if hidden.dtype != head.dtype or hidden.dtype not in known:
+        raise ValueError(f"{who}hidden and {who}head must both be bfloat16, float32 or float64, "
+                         f"not {hidden.dtype} and {head.dtype}: cast one of them")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -217,28 +251,34 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def chunk_size(inputs: Inputs) -> int:
     """Tokens whose logits fill CHUNK_BYTES at most, in chunks of about equal size."""
     tokens, vocabulary = len(inputs.hidden), len(inputs.head)
-    most = max(1, CHUNK_BYTES.get(inputs.hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
+    room = CHUNK_BYTES.get(inputs.hidden.device.type, CHUNK_BYTES["cpu"])
+    most = max(1, room // (4 * vocabulary))
     return -(-tokens // -(-tokens // most)) if tokens else 1
 
 
 def chunks(inputs: Inputs) -> Iterator[tuple[slice, Chunk]]:
-    """The tokens in order. A Chunk lives until the next one is made: they share the memory of their logits."""
+    """The tokens in order. A Chunk lives until the next one is made: they share their memory."""
     hidden, head, targets, teacher, settings = inputs
     size = chunk_size(inputs)
-    # 32 numbers between the rows: where V is a multiple of 1,024, all rows would else start in the same few cache lines
-    buffers = [torch.empty(size, len(head) + 32, dtype=wide(h.dtype), device=h.device)[:, : len(head)]
-               for h in (hidden, *teacher[:1])]
+    # 32 numbers between the rows: if V is a multiple of 1,024, all rows would else start in the
+    # same few cache lines
+    buffers = []
+    for h in (hidden, *teacher[:1]):
+        room = torch.empty(size, len(head) + 32, dtype=wide(h.dtype), device=h.device)
+        buffers.append(room[:, : len(head)])
     for start in range(0, len(hidden), size):
         c = slice(start, min(start + size, len(hidden)))
         z, *zt = (b[: c.stop - c.start] for b in buffers)
         multiply(z, hidden[c], head.T)
         for i, share in enumerate(settings.mix if teacher else ()):
-            multiply(zt[0], teacher[2 * i][c], teacher[2 * i + 1].T, alpha=share, beta=float(i > 0))
+            h, w = teacher[2 * i : 2 * i + 2]
+            multiply(zt[0], h[c], w.T, alpha=share, beta=float(i > 0))
         yield c, Chunk(z, zt[0] if zt else None, targets[c], settings)
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:
-    """out ← alpha·a·b + beta·out. bf16 a and b give an fp32 out at full speed on CUDA; elsewhere they are widened."""
+    """out ← alpha·a·b + beta·out. bf16 a and b give an fp32 out at full speed on CUDA; elsewhere
+    they are widened."""
     if a.dtype == b.dtype == out.dtype:
         out.addmm_(a, b, alpha=alpha, beta=beta)
     elif out.is_cuda:
@@ -248,7 +288,8 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: flo
 
 
 class Chunk:
-    """The logits z, zt [C, V] of some tokens: their TokenStats at once and then, once, the gradient of z."""
+    """The logits z, zt [C, V] of some tokens: their TokenStats at once and then, once, the gradient
+    of z."""
 
     def __init__(self, z: Tensor, zt: Tensor | None, y: Tensor, settings: Settings):
         self.z, self.zt, self.y, self.s = z, zt, y, settings.s
@@ -269,7 +310,8 @@ class Chunk:
             upstream = upstream._replace(kl=None, drag=self.buckets.drag(d_kl))
         elif d_kl is not None:
             upstream = upstream._replace(drag=torch.where(d_kl == 0, 0, d_kl * self.row.slope))
-        self.rows.gradient(self.z, self.zt, self.y, self.s, self.divergence, self.row, upstream, out)
+        self.rows.gradient(self.z, self.zt, self.y, self.s, self.divergence, self.row, upstream,
+                           out)
         if d_kl is not None and self.buckets:
             self.write_kept(d_kl, upstream, out)
 
@@ -331,8 +373,10 @@ class Buckets:
 
 
 def backend(z: Tensor, divergence: Divergence | None):
-    """rows_triton for fp32 logits on CUDA, else rows_torch; also for a divergence that is a Python function."""
-    on_triton = z.dtype == torch.float32 and (z.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    """rows_triton for fp32 logits on CUDA, else rows_torch; the latter also for a divergence that
+    is a Python function."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    on_triton = z.dtype == torch.float32 and (z.is_cuda or interpreted)
     if not on_triton or (divergence and callable(divergence.kind)):
         return rows_torch
     from kernels import rows_triton  # not installed where it is not needed
@@ -353,10 +397,13 @@ class HeadGradient:
         dtype = wide(self.hidden.dtype)
         self.d_hidden = torch.empty_like(self.hidden, dtype=dtype) if wanted[0] else None
         self.d_head = torch.empty_like(self.head, dtype=dtype) if wanted[1] else None
-        self.silent = torch.zeros_like(inputs.targets, dtype=torch.bool)  # [T] tokens without gradient
-        self.group, self.start = None, 0  # dz of the tokens from start on, where it does not take the place of z
+        # tokens without gradient, [T]
+        self.silent = torch.zeros_like(inputs.targets, dtype=torch.bool)
+        # dz of the tokens from start on, if it does not take the place of z
+        self.group, self.start = None, 0
 
-    def add(self, c: slice, chunk: Chunk, d_logp: Tensor | None, d_entropy: Tensor | None, d_kl: Tensor | None) -> None:
+    def add(self, c: slice, chunk: Chunk, d_logp: Tensor | None, d_entropy: Tensor | None,
+            d_kl: Tensor | None) -> None:
         self.silent[c] = silent((d_logp, d_entropy, d_kl), self.silent[c])
         zeros = torch.zeros_like(chunk.row.logp)
         upstream = Upstream(zeros if d_logp is None else d_logp, d_entropy, d_kl, zeros)
@@ -365,7 +412,8 @@ class HeadGradient:
             return self.multiply(c, chunk.z)
         size, tokens = c.stop - c.start, len(self.hidden)
         if self.group is None:
-            self.group = chunk.z.new_empty(min(GROUP * size, tokens), chunk.z.shape[1], dtype=dz_dtype(self.hidden))
+            rows = min(GROUP * size, tokens)
+            self.group = chunk.z.new_empty(rows, chunk.z.shape[1], dtype=dz_dtype(self.hidden))
         chunk.gradient(upstream, self.group[c.start - self.start : c.stop - self.start])
         if c.stop == tokens or c.stop + size - self.start > len(self.group):
             self.multiply(slice(self.start, c.stop), self.group[: c.stop - self.start])
@@ -374,7 +422,8 @@ class HeadGradient:
     def multiply(self, c: slice, dz: Tensor) -> None:
         if self.d_hidden is not None:
             multiply(self.d_hidden[c], dz, self.head)
-        if self.d_head is not None:  # a silent token's dz is 0, and 0 times a NaN in its hidden state would be NaN
+        if self.d_head is not None:
+            # A silent token's dz is 0, and 0 times a NaN in its hidden state would be NaN.
             hidden = self.hidden[c].masked_fill(self.silent[c, None], 0)
             multiply(self.d_head, dz.T, hidden, beta=float(c.start > 0))
 
@@ -382,11 +431,12 @@ class HeadGradient:
         self.group = None
         if self.d_head is not None and len(self.hidden) == 0:
             self.d_head.zero_()
-        return [None if d is None else d.to(self.hidden.dtype) for d in (self.d_hidden, self.d_head)]
+        both = (self.d_hidden, self.d_head)
+        return [None if d is None else d.to(self.hidden.dtype) for d in both]
 
 
 def dz_dtype(hidden: Tensor) -> torch.dtype:
-    """bf16 where a product of bf16 with an fp32 result is fast; otherwise dz takes the place of the logits."""
+    """bf16 if a product of bf16 with an fp32 result is fast; else dz takes the logits' place."""
     return hidden.dtype if hidden.is_cuda else wide(hidden.dtype)
 
 

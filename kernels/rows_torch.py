@@ -1,8 +1,9 @@
-"""Rows of logits → per-token statistics and their gradient, in plain PyTorch: the reference, and what runs on a CPU.
+"""Rows of logits → per-token statistics and their gradient, in PyTorch: the reference, and CPUs.
 
-Notation: z, zt [C, V] raw logits of C tokens under student and teacher, y [C] the tokens, s = 1/temperature,
-p = softmax(s·z), q = softmax(s·zt). Differences of logits are scaled, never the operands (docs/kernels.md).
-A few rows are worked on at a time, while they are in the caches, and what the gradient needs takes the logits' place.
+Notation: z, zt [C, V] raw logits of C tokens under student and teacher, y [C] the tokens,
+s = 1/temperature, p = softmax(s·z), q = softmax(s·zt). Differences of logits are scaled, never the
+operands (docs/kernels.md). A few rows are worked on at a time, while they are in the caches, and
+what the gradient needs takes the logits' place.
 """
 from __future__ import annotations
 
@@ -71,10 +72,12 @@ def statistics(z: Tensor, zt: Tensor | None, y: Tensor, s: float,
         found = []
         for r in tiles:
             teacher = None if zt is None else zt[r]
-            found.append(tile(z[r], teacher, y[r], s, divergence, *room[:, : len(z[r])]))
+            x, e, w = room[:, : len(z[r])]
+            found.append(tile(z[r], teacher, y[r], s, divergence, x, e, w))
         return found
 
-    return Rows(*(torch.cat(field) for field in list(zip(*spread(work, z)))[:-1]))
+    *fields, _ = zip(*spread(work, z))  # without `state`
+    return Rows(*map(torch.cat, fields))
 
 
 def tile(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Divergence | None,
@@ -86,9 +89,8 @@ def tile(z: Tensor, zt: Tensor | None, y: Tensor, s: float, divergence: Divergen
         torch.sub(zt.clamp_(min=FLOOR), z, out=x)
     student = softmax_(z, y, s, e)
     mode, top, log_sum = student[:3]
-    of_student = dict(logp=student.logp, entropy=student.entropy, mode=mode[:, 0], top=top[:, 0],
-                      log_sum=log_sum[:, 0])
-    rows = Rows(nan, nan, nan, nan, nan, nan, nan, nan, nan, nan)._replace(**of_student)
+    rows = Rows(student.logp, student.entropy, nan, nan, nan, nan, nan,
+                mode[:, 0], top[:, 0], log_sum[:, 0])
     if zt is None:
         return rows
     teacher = softmax_(zt, y, s, e)
@@ -204,16 +206,25 @@ def entries(index: Tensor, log_p: Tensor, pull: Tensor, y: Tensor, row: Rows,
 def log_sum(z: Tensor, s: float, origin: Tensor) -> Tensor:
     """(1/s)·log Σ_j exp(s·z_j) − origin, [C]: the logit that all entries have together."""
     top = z.amax(-1)
-    parts = spread(lambda tiles: [(z[r] - top[r, None]).mul_(s).exp_().sum(-1) for r in tiles], z)
+
+    def work(tiles: list[slice]) -> list[Tensor]:
+        sums = []
+        for r in tiles:
+            x = (z[r] - top[r, None]).mul_(s)
+            sums.append(x.exp_().sum(-1))
+        return sums
+
+    parts = spread(work, z)
     return (top - origin) + torch.cat(parts).log() / s
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # a few rows at a time, on every core
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def spread(work: Callable[[list[slice]], list], z: Tensor) -> list:
-    """work(slices of z's rows), TILE_BYTES each, in the `workers`; → its results, in the rows' order."""
-    size = max(1, TILE_BYTES.get(z.device.type, 2**20) // (z.shape[1] * z.element_size()))
+    """work(slices of z's rows), TILE_BYTES each, in the `workers`; → its results in order."""
+    row_bytes = z.shape[1] * z.element_size()
+    size = max(1, TILE_BYTES.get(z.device.type, 2**20) // row_bytes)
     tiles = [slice(i, i + size) for i in range(0, z.shape[0], size)]
     threads = torch.get_num_threads()
     if z.device.type != "cpu" or min(threads, len(tiles)) == 1:
@@ -233,11 +244,17 @@ def spread(work: Callable[[list[slice]], list], z: Tensor) -> list:
 def workers(threads: int) -> ThreadPoolExecutor:
     """Threads each of which runs its operations by itself.
 
-    PyTorch would split every operation over the cores and have them wait for each other after it. With thirty small
-    operations a row that costs time, and many times the work itself when another program holds a core.
+    PyTorch would split every operation over the cores and have them wait for each other after it.
+    With thirty small operations per row that costs time, and many times the work itself when
+    another program holds a core.
     """
     started = threading.Barrier(threads)
-    pool = ThreadPoolExecutor(threads, initializer=lambda: (torch.set_num_threads(1), torch.get_num_threads()))
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()
+
+    pool = ThreadPoolExecutor(threads, initializer=alone)
     list(pool.map(lambda _: started.wait(), range(threads)))
     torch.set_num_threads(threads)  # for threads that are started from now on
     return pool

@@ -1,4 +1,4 @@
-"""Rows of logits → per-token statistics and their gradient in Triton: rows_torch.py for fp32 on CUDA.
+"""Rows of logits → per-token statistics and their gradient in Triton: for fp32 logits on CUDA.
 
 Three kernels. `statistics_kernel` reads both models' logits and gets log-probabilities and
 entropies from running sums. `sums_kernel` reads them again for a divergence. `gradient_kernel`
@@ -91,9 +91,9 @@ def blocks(vocabulary: int, most: int) -> dict:
     return {"BLOCK": size, "num_warps": max(1, size // 128), "enable_fp_fusion": True}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the kernels
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 @triton.jit
 def statistics_kernel(z_ptr, zt_ptr, y_ptr, known_ptr, mode_ptr, tokens, stride, vocabulary, s,
                       TEACHER: tl.constexpr, BLOCK: tl.constexpr):
@@ -248,7 +248,8 @@ def logits(row_ptr, cols, vocabulary):
 
 @triton.jit
 def expm1(x):
-    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040))))))
+    series = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040))
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * series)))
     return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1)
 
 
