@@ -332,7 +332,7 @@ def main(args: Args) -> None:
         return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.epochs * args.minibatches,
                         copies=int(args.beta > 0), steps=args.steps)
     policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
-                         lora_alpha=args.lora_alpha)
+                         lora_alpha=args.lora_alpha, share_prompts=args.share_prompts)
     reference = frozen_copy(policy, args.model, run.device) if args.beta > 0 else None
     optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, weight_decay=args.weight_decay)
     sampler = make_sampler(args, tokenizer, run.device)

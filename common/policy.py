@@ -19,9 +19,18 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from common import check_hub, require
+from common.architecture import (
+    check_architecture,
+    check_forward,
+    enable_checkpointing,
+    load_lm,
+    mend_generation_config,
+    saved_buffers,
+)
 from kernels.adamw import LeanAdamW
 from kernels.head import TokenStats, token_stats
 from kernels.pack import behind_prefix, pad_right
@@ -36,52 +45,80 @@ class Policy(nn.Module):
         self.lm = lm
 
     def forward(self, micro: Micro, head: Callable):
-        read = self.lm.base_model
         if micro.prefix is None:
-            hidden = read(input_ids=micro.ids, use_cache=False).last_hidden_state.flatten(0, 1)  # [B·L, D]
-        else:  # a prompt is read once for all its responses; gradients reach it through its keys and values
-            before = read(input_ids=micro.prefix, attention_mask=micro.prefix_mask, use_cache=True)
-            before.past_key_values.batch_select_indices(micro.prefix_of)
-            mask = micro.prefix_mask[micro.prefix_of]
-            places = mask.sum(1, keepdim=True) + torch.arange(micro.ids.shape[1], device=mask.device)
-            after = read(input_ids=micro.ids, attention_mask=torch.cat([mask, torch.ones_like(micro.ids)], 1),
-                         position_ids=places, past_key_values=before.past_key_values, use_cache=True)
-            hidden = torch.cat([x.last_hidden_state.flatten(0, 1) for x in (before, after)])  # [P·Lp + B·L, D]
+            hidden = self.read(input_ids=micro.ids, use_cache=False)  # [B·L, D]
+        else:
+            hidden = self.behind_prompts(micro)  # [P·Lp + B·L, D]
         return head(hidden[micro.index], self.lm.get_output_embeddings().weight)
 
+    def read(self, **inputs) -> Tensor:
+        """The hidden states of all places, one row after the other."""
+        return self.lm.base_model(**inputs).last_hidden_state.flatten(0, 1)
 
-def load_policy(path: str, device: torch.device, *, checkpointing: bool = False, lora_rank: int = 0,
-                lora_alpha: float = 32.0) -> Policy:
-    """Load the causal LM at `path` in fp32 and shard it over all ranks (FSDP2; bf16 compute on CUDA).
+    def behind_prompts(self, micro: Micro) -> Tensor:
+        """The hidden states of the different prompts, then those of the responses. A prompt is read
+        once for all its responses; gradients reach it through its keys and values. It is padded on
+        the left, so that its keys stand next to the response's: sliding windows count places."""
+        cache = DynamicCache(config=self.lm.config)
+        mask = micro.prefix_mask
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        before = self.read(input_ids=micro.prefix, attention_mask=mask, position_ids=positions,
+                           past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(micro.prefix_of)
+        mask = mask[micro.prefix_of]
+        steps = torch.arange(micro.ids.shape[1], device=mask.device)
+        after = self.read(input_ids=micro.ids, past_key_values=cache, use_cache=True,
+                          attention_mask=torch.cat([mask, torch.ones_like(micro.ids)], 1),
+                          position_ids=mask.sum(1, keepdim=True) + steps)
+        return torch.cat([before, after])
 
-    lora_rank: above 0, freeze it (in bf16 on CUDA) and train fp32 adapters of that rank on all linear layers but the
-    head; they add alpha/rank·B·A to a weight, and B starts at 0.
-    Raises SystemExit where there is no model, or where its logits are not hidden·Wᵀ (a soft cap, a scale, a bias): the
-    losses here are made from hidden states and W, and would be wrong in silence.
+
+def load_policy(path: str, device: torch.device, *, checkpointing: bool = False,
+                lora_rank: int = 0, lora_alpha: float = 32.0,
+                share_prompts: bool = False) -> Policy:
+    """Load the causal LM at `path` in fp32 and shard it over all ranks (FSDP2; on CUDA it computes
+    in bf16).
+
+    lora_rank: above 0, freeze the model (in bf16 on CUDA) and train fp32 adapters of that rank on
+    all linear layers but the head; they add alpha/rank·B·A to a weight, and B starts at 0.
+    share_prompts: whether micro-batches will share prompts.
+    Raises SystemExit if there is no such model, or if training it would be wrong.
     """
     check_path(path)
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    probe = torch.arange(8)[None] % lm.config.get_text_config().vocab_size
-    with torch.no_grad():
-        logits = lm(input_ids=probe, use_cache=False).logits
-        hidden = lm.base_model(input_ids=probe, use_cache=False).last_hidden_state
-    plain = torch.allclose(hidden @ lm.get_output_embeddings().weight.T, logits, atol=1e-3, rtol=1e-3)
-    require(plain, f"--model {path}: {type(lm).__name__} transforms its logits (a soft cap, a scale or a bias), which "
-            "the fused head does not compute; use another architecture")
+    lm = load_lm(path)
+    check_architecture(lm, path, checkpointing=checkpointing, share_prompts=share_prompts)
+    check_forward(lm, path)
+    mend_generation_config(lm, path)
     if checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in lm.modules():  # layers heed it in training mode alone; what is in them stays in eval mode
-            module.training = getattr(module, "gradient_checkpointing", False)
+        enable_checkpointing(lm)
+    policy = Policy(lm)
     if lora_rank > 0:
-        from peft import LoraConfig, inject_adapter_in_model  # slow to import
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # every rank draws the same A
-            inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"), lm)
+        add_adapters(policy, lora_rank, lora_alpha)
         for p in lm.parameters():
             if not p.requires_grad and device.type == "cuda":
-                p.data = p.data.bfloat16()  # what it is computed with: the trained weights alone need more
-    return shard(Policy(lm), device)
+                p.data = p.data.bfloat16()  # it is computed in bf16: only trained weights need more
+    return shard(policy, device)
+
+
+def adapted_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers that LoRA adapts: all linear ones but the head."""
+    head = lm.get_output_embeddings()
+    return {name: module for name, module in lm.named_modules()
+            if type(module) in (nn.Linear, Conv1D) and module is not head}
+
+
+def add_adapters(policy: Policy, rank: int, alpha: float) -> None:
+    """Freeze the model and put LoRA on its linear layers. Weights that are not a linear layer's, such
+    as those of a mixture's experts and router, stay frozen."""
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import
+
+    names = [f"lm.{name}" for name in adapted_layers(policy.lm)]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # every rank draws the same A
+        # the policy, not its lm: of a transformers model peft would wrap fused experts, which
+        # cannot be sharded so
+        inject_adapter_in_model(config, policy)
 
 
 def check_path(path: str) -> None:
@@ -134,7 +171,7 @@ class Micro:
     ids: Tensor  # [B, L] prompt and response, padded on the right; the response alone behind a shared prefix
     index: Tensor  # [T] the flattened position whose hidden state predicts each response token
     targets: Tensor  # [T] the response tokens, end token included
-    prefix: Tensor | None = None  # [P, Lp] the different prompts, padded on the right, where they are shared
+    prefix: Tensor | None = None  # [P, Lp] the different prompts, padded on the left, if they are shared
     prefix_mask: Tensor | None = None  # [P, Lp] 1 where there is a token
     prefix_of: Tensor | None = None  # [B] the prompt of each row
 
@@ -272,18 +309,57 @@ def blend(teacher: Policy | Adapters, student: Policy | Adapters, rate: float) -
 
 
 def full_weights(model: Policy | Adapters) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and whole tensors, gathered one at a time and with adapters merged in. A collective: every
-    rank must run through it."""
+    """The whole state of the model: Hugging Face names and whole tensors of all parameters, gathered
+    one at a time and with adapters merged in, then the buffers that a checkpoint holds. A collective:
+    every rank must run through it."""
     model.reshard()  # a forward without a backward leaves the outermost unit gathered
-    adapters = dict(zip((name for name, _ in model.lm.named_parameters() if ".lora_" in name), moved(model)))
-    for name, p in model.lm.named_parameters():
-        if name in adapters:
+    lm = model.lm
+    names = [name for name, _ in lm.named_parameters() if ".lora_" in name]
+    adapters = dict(zip(names, moved(model)))
+    for name, p in lm.named_parameters():
+        if ".lora_" in name:
             continue
-        weight, (layer, adapted, _) = p.full_tensor().detach(), name.partition(".base_layer.weight")
+        weight = whole(p)
+        layer, adapted, _ = name.partition(".base_layer.weight")
         if adapted:
-            B, A = (adapters[f"{layer}.lora_{x}.default.weight"].full_tensor().detach() for x in "BA")
-            weight = weight.float().addmm(B, A, alpha=model.lm.get_submodule(layer).scaling["default"])
+            A = whole(adapters.pop(f"{layer}.lora_A.default.weight"))  # [rank, in]
+            B = whole(adapters.pop(f"{layer}.lora_B.default.weight"))  # [out, rank]
+            weight = merged(weight, A, B, lm.get_submodule(layer))
         yield name.replace(".base_layer", ""), weight
+    if adapters:
+        raise ValueError(f"adapters that are not merged: {sorted(adapters)}")
+    for name, buffer in saved_buffers(lm).items():
+        yield name.replace(".base_layer", ""), whole(buffer)
+
+
+def merged(weight: Tensor, A: Tensor, B: Tensor, layer: nn.Module) -> Tensor:
+    """W + alpha/rank·B·A, in fp32."""
+    scale = layer.scaling["default"]
+    if isinstance(layer.get_base_layer(), Conv1D):  # keeps its weight as [in, out]
+        return weight.float().addmm(A.T, B.T, alpha=scale)
+    return weight.float().addmm(B, A, alpha=scale)
+
+
+def whole(x: Tensor) -> Tensor:
+    """The whole tensor of a shard. A collective."""
+    if isinstance(x, DTensor):
+        x = x.full_tensor()
+    return x.detach()
+
+
+def save_model(model: Policy, folder: Path, device: torch.device) -> None:
+    """Write the model as a Hugging Face checkpoint, in bf16 on CUDA; buffers keep their precision. A
+    collective; the first rank writes."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    buffers = saved_buffers(model.lm)
+    first, state = dist.get_rank() == 0, {}
+    for name, tensor in full_weights(model):
+        if first:
+            state[name] = tensor.to("cpu", tensor.dtype if name in buffers else dtype)
+    if first:
+        model.lm.save_pretrained(folder, state_dict=state)
+        model.lm.config.dtype = dtype  # save_pretrained has written that of the model in memory
+        model.lm.config.save_pretrained(folder)
 
 
 def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float, max_norm: float, metrics: dict) -> None:

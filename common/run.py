@@ -36,8 +36,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm import tqdm
 
 from common import require
+from common.architecture import check_architecture, context_length, empty_lm, key_value_size
 from common.chat import chat_ids
-from common.policy import Policy, full_weights
+from common.policy import Policy, adapted_layers, save_model
 
 
 def parse(args_class: type, presets: Callable, argv: list[str] | None = None):
@@ -360,10 +361,8 @@ class Run:
         part = final.with_name(f"tmp-{final.name}")
         with self.writing(final):
             dcp.save(training_state(policy, optimizer, extra), checkpoint_id=part / "state")
-            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            weights = {name: w.to("cpu", dtype) for name, w in full_weights(policy) if self.rank == 0}
+            save_model(policy, part, self.device)
             if self.rank == 0:
-                policy.lm.save_pretrained(part, state_dict=weights)
                 tokenizer.save_pretrained(part)
                 trainer = {"step": step, "method": self.method, "args": vars(self.args)}
                 (part / "trainer.json").write_text(json.dumps(trainer, indent=1))
@@ -516,16 +515,17 @@ class Run:
         sequence.
         """
         args, count = self.args, self.args.batch_size * group
-        with torch.device("meta"):
-            lm = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(args.model))
+        lm = empty_lm(args.model)
+        check_architecture(lm, args.model, sampler=args.sampler, checkpointing=args.checkpointing,
+                           share_prompts=getattr(args, "share_prompts", False))
         N, shape = sum(p.numel() for p in lm.parameters()), lm.config.get_text_config()
         prompt = max(len(chat_ids(tokenizer, p.messages, args.thinking)) for p in task.heldout)
-        length, limit = prompt + reads * args.max_tokens, shape.max_position_embeddings
+        length, limit = prompt + reads * args.max_tokens, context_length(lm)
         S, width = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)), 2 if self.device.type == "cuda" else 4
-        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        rows, kv = min(max(args.sampler_rows, group), count // self.world), 2 * shape.num_key_value_heads * head * width
-        layers = [m for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not lm.get_output_embeddings()]
-        n = sum(args.lora_rank * (m.in_features + m.out_features) for m in layers) if args.lora_rank else N
+        rows = min(max(args.sampler_rows, group), count // self.world)
+        kv = width * key_value_size(lm)  # bytes per token and layer
+        sides = [sum(layer.weight.shape) for layer in adapted_layers(lm).values()]
+        n = args.lora_rank * sum(sides) if args.lora_rank else N
         adam, base = {"fp32": 8, "bf16": 4, "offload": 0}[args.optimizer_state], width if args.lora_rank else 0
         trained, cache = ((8 + adam + 4 * copies) * n + base * N) / S, rows * length * kv * shape.num_hidden_layers
         self.say("  ".join(f"--{name} {value!r}" for name, value in vars(args).items()) + f"""

@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from common import require
+from common.architecture import context_length, sampling_cache, saved_buffers
 from common.chat import end_tokens, response_text
 from common.policy import Policy, full_weights, score
 from kernels.draw import draw
@@ -61,14 +62,16 @@ class HFSampler:
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, rows: int = 128):
         """rows: how many rollouts decode at a time (those of one prompt always do); their KV cache must fit."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        sampling_cache(lm)  # a model that this sampler cannot read ends here
+        self.lm = lm.to(device).eval().requires_grad_(False)
         self.tokenizer, self.device, self.rows = tokenizer, device, rows
         self.ends = end_tokens(path, tokenizer)
-        self.context = self.lm.config.get_text_config().max_position_embeddings
+        self.context = context_length(self.lm)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights, given as (Hugging Face name, tensor)."""
-        mine = dict(self.lm.named_parameters())
+        """Take new weights and buffers, given as (Hugging Face name, tensor)."""
+        mine = dict(self.lm.named_parameters()) | saved_buffers(self.lm)
         for name, tensor in weights:
             mine.pop(name).copy_(tensor)
         if mine:
@@ -111,12 +114,13 @@ class HFSampler:
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         uniforms = uniforms.to(device)
-        cache = DynamicCache(config=self.lm.config)
+        past = sampling_cache(self.lm)
+        (cache,) = past.values()
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-        out = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                      logits_to_keep=1)
-        cache.batch_repeat_interleave(n)
+        out = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                      logits_to_keep=1, **past)
+        select_rows(cache, torch.arange(len(prompts), device=device).repeat_interleave(n))
         logits, mask, positions = (x.repeat_interleave(n, 0) for x in (out.logits[:, -1], mask, positions[:, -1:]))
         ends = torch.tensor(self.ends, device=device)
         tokens = torch.zeros(len(uniforms), steps, dtype=torch.long, device=device)
@@ -135,14 +139,20 @@ class HFSampler:
                 break
             if alive <= 0.75 * len(done):  # finished rows leave, but not one by one: each move copies the cache
                 keep = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
+                select_rows(cache, keep)
                 rows, done, token, mask, positions = rows[keep], done[keep], token[keep], mask[keep], positions[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             positions = positions + 1
             logits = self.lm(input_ids=token[:, None], attention_mask=mask, position_ids=positions,
-                             past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                             use_cache=True, logits_to_keep=1, **past).logits[:, -1]
         cut = lambda x: [row[:k] for row, k in zip(x.tolist(), lengths.tolist())]
         return cut(tokens), cut(logps)
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Row i of the cache becomes what row rows[i] was. Recurrent states have no other method for it."""
+    for layer in cache.layers:
+        layer.reorder_cache(rows)
 
 
 class GrowingLayer(DynamicLayer):
@@ -161,6 +171,10 @@ class GrowingLayer(DynamicLayer):
         self.room[0][:, :, past:total], self.room[1][:, :, past:total] = keys, values
         self.keys, self.values = self.room[0][:, :, :total], self.room[1][:, :, :total]
         return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.room = self.keys, self.values
 
 
 class VLLMSampler:
