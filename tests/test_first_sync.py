@@ -3,8 +3,9 @@ import pytest
 import torch
 from conftest import CHAIN, torchrun
 
-from common.policy import load_policy, load_tokenizer
-from common.sampler import HFSampler, chat_ids, first_sync
+from common.chat import chat_ids, load_tokenizer
+from common.policy import load_policy
+from common.sampler import HFSampler, first_sync
 
 CPU = torch.device("cpu")
 CHAT = [{"role": "user", "content": "3 + 4 = ?"}]

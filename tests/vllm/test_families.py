@@ -15,8 +15,9 @@ from conftest import CHAIN
 from test_vllm import CPU, engine_logps
 
 from common import sampler as sampling
-from common.policy import Policy, full_weights, load_policy, load_tokenizer, score
-from common.sampler import VLLMSampler, chat_ids, first_sync
+from common.chat import chat_ids, load_tokenizer
+from common.policy import Policy, full_weights, load_policy, score
+from common.sampler import VLLMSampler, first_sync
 
 SIZES = dict(
     vocab_size=525, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
