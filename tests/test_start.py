@@ -17,7 +17,8 @@ from conftest import CHAIN
 from test_house import ALGORITHMS
 
 from common import check_hub, run, tasks
-from common.policy import check_path, load_tokenizer
+from common.chat import load_tokenizer
+from common.policy import check_path
 from common.run import FIXED, FREE, Run, check_settings, make_tracker, meeting_place, parse, unwritable
 
 SMALL = ["--batch_size", "2", "--group_size", "2", "--heldout", "4", "--max_tokens", "16", "--eval_samples", "1",
