@@ -484,7 +484,7 @@ class Run:
         for problem in {id(p): p for p in problems}.values():  # a mixture repeats some
             messages = problem.messages if chat is None else chat(problem)
             if messages is not None:
-                size = sum(len(m["content"].encode()) for m in messages)
+                size = sum(len(m["content"].encode(errors="replace")) for m in messages)
                 chats.append((size, len(chats), messages, problem))
         chats.sort(reverse=True)
         longest, worst, over = 0, None, 0
