@@ -395,7 +395,7 @@ TOP_K_DIVERGENCES = {
 
 
 class Sure(NamedTuple):
-    """One token per tail of TAILS: a student that has all other mass on K entries, and a teacher."""
+    """One token per tail of TAILS: a student with all other mass on K entries, and a teacher."""
 
     hidden: Tensor  # [T, D]
     head: Tensor  # [V, D]
@@ -404,8 +404,8 @@ class Sure(NamedTuple):
 
 
 def sure(vocabulary: int, k: int, peaked: bool, width: int = 32, seed: int = 0) -> Sure:
-    """Three coordinates of the hidden states stand for the likeliest entry, for the K, and for none;
-    the others are noise. A peaked student has e^10 times as much on its mode as on others of the K."""
+    """Two coordinates of the hidden states stand for the likeliest entry and for the K; the others
+    are noise. A peaked student has e^10 times as much on its mode as on others of the K."""
     g = torch.Generator().manual_seed(seed)
     head = torch.randn(vocabulary, width, generator=g, dtype=torch.float64) / width**0.5
     head[:, :2] = 0
@@ -477,7 +477,8 @@ def top_k_rows(p: Sure, d: Divergence, name: str, peaked: bool) -> list[dict]:
     for dtype in (torch.float32, torch.bfloat16):
         dz = top_k_dz(p, d, dtype)
         error = (dz - right).norm(dim=-1) / right.norm(dim=-1)
-        hidden_error = (dz @ p.head.double() - right_hidden).norm(dim=-1) / right_hidden.norm(dim=-1)
+        off = dz @ p.head.double() - right_hidden
+        hidden_error = off.norm(dim=-1) / right_hidden.norm(dim=-1)
         for tail, of_dz, of_hidden in zip(TAILS, error.tolist(), hidden_error.tolist()):
             rows.append({"vocabulary": len(p.head), "k": d.top_k, "peaked": peaked,
                          "divergence": name, "dz": str(dtype).removeprefix("torch."), "tail": tail,
@@ -495,14 +496,15 @@ def top_k_worst(rows: list[dict], field: str, **only) -> dict[float, float]:
 
 
 def top_k_table(numbers: dict) -> list[str]:
+    sizes = sorted({row["vocabulary"] for row in numbers["rows"]})
     lines = ["Relative error of dz / of d_hidden of one token, the largest over vocabularies of "
-             f"{' and '.join(f'{v:,}' for v in sorted({r['vocabulary'] for r in numbers['rows']}))} and over peaked and "
-             "flat students. Student's top K and tail, float64 from the hidden states as the truth. bf16 is dz rounded as "
-             "CUDA rounds it, on a CPU."]
+             + " and ".join(f"{size:,}" for size in sizes) + " and over peaked and flat students. "
+             "Student's top K and tail; the truth is float64 from the hidden states. bfloat16 is "
+             "dz rounded as on CUDA, on a CPU."]
     for dtype in ("float32", "bfloat16"):
         tails = TAILS[::-1]
-        lines += ["", f"| dz in {dtype}, student's tail: | " + " | ".join(f"{t:.0e}" for t in tails) + " |",
-                  "|---" * (len(tails) + 1) + "|"]
+        heads = " | ".join(f"{t:.0e}" for t in tails)
+        lines += ["", f"| dz in {dtype}, student's tail: | {heads} |", "|---" * (len(tails) + 1) + "|"]
         for name in TOP_K_DIVERGENCES:
             for k in (1, 20, 100):
                 only = {"dz": dtype, "divergence": name, "k": k}
@@ -528,11 +530,13 @@ def top_k_figure(after: dict, before: dict, path: Path) -> None:
                 when = "before" if numbers is before else "now"
                 axis.plot(list(worst), list(worst.values()), line, color=color, marker=marker,
                           markersize=5, label=f"K = {k}, {when}")
-        axis.set(xscale="log", yscale="log", title=f"dz in {dtype}", xlabel="student's mass outside of the K")
+        axis.set(xscale="log", yscale="log", title=f"dz in {dtype}",
+                 xlabel="student's mass outside of the K")
         axis.axhline(1, color="0.6", linewidth=0.8)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative error of a token's dz, worst divergence")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False, fontsize=9)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncol=3, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(path, dpi=150)
 
@@ -577,8 +581,8 @@ def draw(args: argparse.Namespace) -> None:
         if path.name.startswith("ladder"):
             ladder_figure(numbers, path.with_suffix(".png"))
         if path.name.startswith("top_k"):
-            before = json.loads((path.parent / path.name.replace("top_k", "top_k_before")).read_text())
-            top_k_figure(numbers, before, path.with_suffix(".png"))
+            before = path.with_name(path.name.replace("top_k", "top_k_before"))
+            top_k_figure(numbers, json.loads(before.read_text()), path.with_suffix(".png"))
 
 
 def speed_table(numbers: dict) -> list[str]:

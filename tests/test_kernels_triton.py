@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process already is the interpreter")
 def test_the_laws_of_test_kernels_hold_in_the_interpreter():
     # a process of its own: the variable decides when Triton is imported, and for all kernels
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py",
-               "tests/test_kernels_digits.py"]
+    files = ["tests/test_kernels.py", "tests/test_kernels_digits.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
@@ -30,7 +30,8 @@ def registers(kernel, constants: dict, warps: int, arch: int) -> tuple[int, int]
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {"y_ptr": "*i64", "mode_ptr": "*i64", "out_ptr": "*bf16"} | dict.fromkeys(("s", "beta", "clip"), "fp32")
+    kinds = {"y_ptr": "*i64", "mode_ptr": "*i64", "out_ptr": "*bf16"}
+    kinds |= dict.fromkeys(("s", "beta", "clip"), "fp32")
     kinds |= dict.fromkeys(("tokens", "vocabulary", "stride", "out_stride"), "i32")
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
