@@ -112,8 +112,10 @@ def add_adapters(policy: Policy, rank: int, alpha: float) -> None:
     as those of a mixture's experts and router, stay frozen."""
     from peft import LoraConfig, inject_adapter_in_model  # slow to import
 
-    names = [f"lm.{name}" for name in adapted_layers(policy.lm)]
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+    layers = adapted_layers(policy.lm)
+    names = [f"lm.{name}" for name in layers]
+    transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # every rank draws the same A
         # the policy, not its lm: of a transformers model peft would wrap fused experts, which
