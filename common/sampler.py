@@ -190,21 +190,17 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
             from vllm import LLM
-            from vllm.transformers_utils.config import checkpoint_has_lm_head
         except ImportError:
             raise SystemExit("error: --sampler vllm: vLLM is not installed; pip install -r requirements-vllm.txt "
                              "(CUDA) or requirements-vllm-cpu.txt, or take --sampler hf") from None
         self.path, self.tokenizer, self.cuda, self.asleep = path, tokenizer, device.type == "cuda", False
         self.sharing = dist.new_subgroups(tensor_parallel)[0] if tensor_parallel > 1 else None  # ranks of one engine
         config = AutoConfig.from_pretrained(path)
-        # vLLM compares a head in the file with the embeddings, to tell whether they are tied
-        tied = config.get_text_config().tie_word_embeddings
-        read = not blank or (tied and checkpoint_has_lm_head(path))
         launcher = "external_launcher" if "WORLD_SIZE" in os.environ else None
         try:
             self.llm = LLM(
                 model=path, dtype=dtype or ("bfloat16" if self.cuda else "float32"),
-                load_format="auto" if read else "dummy",
+                load_format="dummy" if blank else "auto",
                 tensor_parallel_size=tensor_parallel, distributed_executor_backend=launcher,
                 seed=int(os.environ.get("RANK", 0)) // tensor_parallel,
                 logprobs_mode="processed_logprobs", max_num_seqs=rows,

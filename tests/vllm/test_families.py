@@ -1,12 +1,12 @@
 """The vLLM engine after a sync is the policy, for families that store their weights in different ways,
 and a family for which it is not ends the run at start."""
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -107,11 +107,12 @@ def test_the_engine_is_the_policy_after_an_update(name, world, tmp_path, monkeyp
         sampler.load([("model.layers.0.self_attn.other.weight", torch.zeros(4, 4))])
 
 
-def test_a_head_that_the_config_ties_and_the_file_does_not_stays_untied(world, tmp_path):
-    """As transformers reads such a file, so does the engine."""
-    path = checkpoint(tmp_path, "llama", False, {})
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+def test_a_tied_head_that_the_file_repeats_stays_tied(world, tmp_path):
+    """Many files hold the embedding twice. vLLM unties them at first, as the file has a head."""
+    path = checkpoint(tmp_path, *FAMILIES["llama, tied"])
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     sampler, policy, chats = world(path)
     move(policy.lm, 0.05)
     first_sync(sampler, policy, chats[0])
