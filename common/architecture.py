@@ -96,17 +96,18 @@ def check_architecture(lm: PreTrainedModel, path: str, *, sampler: str = "",
     name, head = type(lm).__name__, lm.get_output_embeddings()
     stacked = lm.base_model is not lm and isinstance(head, nn.Linear)
     decoder = not lm.config.is_encoder_decoder and not is_encoder(lm)
-    require(stacked and decoder, f"--model {path}: {name} is not a decoder below a linear head, and "
-            "the losses are computed with nothing else; use another architecture")
+    require(stacked and decoder, f"--model {path}: {name} is not a decoder below a linear head, "
+            "and the losses are computed with nothing else; use another architecture")
     found = transformations(lm)
-    require(not found, f"--model {path}: {name} transforms its logits ({', '.join(found)}), which the "
-            "fused head does not compute; use another architecture")
+    require(not found, f"--model {path}: {name} transforms its logits ({', '.join(found)}), which "
+            "the fused head does not compute; use another architecture")
     if sampler == "hf":
         sampling_cache(lm)
-    require(only_attends(lm) or not share_prompts, f"--share_prompts: {name} has layers other than "
-            "full and sliding attention, and these cannot go on from a shared prompt; drop the flag")
+    require(only_attends(lm) or not share_prompts, f"--share_prompts: {name} has layers other "
+            "than full and sliding attention, which cannot go on from a shared prompt; drop it")
     layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
-    require(layers or not checkpointing, f"--checkpointing: {name} does not support it; drop the flag")
+    require(layers or not checkpointing, f"--checkpointing: {name} does not support it; drop the "
+            "flag")
 
 
 def transformations(lm: PreTrainedModel) -> list[str]:
@@ -162,9 +163,9 @@ def check_forward(lm: PreTrainedModel, path: str) -> None:
     """Raise SystemExit if the logits are not hidden·Wᵀ, or if a token sees later ones."""
     name, vocab = type(lm).__name__, lm.config.get_text_config().vocab_size
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-    require(tied or not lm.config.tie_word_embeddings, f"--model {path}: its config.json ties the head "
-            "to the embedding, but the checkpoint has two different matrices, and engines would not "
-            "agree which to use; set tie_word_embeddings to false there")
+    require(tied or not lm.config.tie_word_embeddings, f"--model {path}: its config.json ties the "
+            "head to the embedding, but the checkpoint has two different matrices, and engines "
+            "would not agree which to use; set tie_word_embeddings to false there")
     ids = torch.arange(8)[None] % vocab
     hidden, logits = read(lm, ids)
     W = lm.get_output_embeddings().weight
@@ -177,12 +178,12 @@ def check_forward(lm: PreTrainedModel, path: str) -> None:
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + 1) % vocab
     causal = close(read(lm, other)[0][:, :-1], hidden[:, :-1])
-    require(causal, f"--model {path}: in {name} a token sees later ones, so its hidden states predict "
-            "nothing; use a causal LM")
+    require(causal, f"--model {path}: in {name} a token sees later ones, so its hidden states "
+            "predict nothing; use a causal LM")
 
 
 def read(lm: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states [1, T, D] of `ids` [1, T], and the logits [1, T, V] that `lm` makes of them."""
+    """The hidden states [1, T, D] of `ids` [1, T], and the logits [1, T, V] made of them."""
     hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden, lm(input_ids=ids, use_cache=False).logits
 
@@ -201,8 +202,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def mend_generation_config(lm: PreTrainedModel, path: str) -> None:
-    """Make the generation config one that can be saved, and try it: else the first checkpoint would
-    end the run. Many models on the hub have a temperature without do_sample; they mean to sample."""
+    """Make the generation config one that can be saved, and try it: else the first checkpoint
+    would end the run. Many models on the hub have a temperature without do_sample; they mean to
+    sample."""
     settings = lm.generation_config
     try:
         settings.validate(strict=True)

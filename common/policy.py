@@ -108,8 +108,8 @@ def adapted_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def add_adapters(policy: Policy, rank: int, alpha: float) -> None:
-    """Freeze the model and put LoRA on its linear layers. Weights that are not a linear layer's, such
-    as those of a mixture's experts and router, stay frozen."""
+    """Freeze the model and put LoRA on its linear layers. Weights that are not a linear layer's,
+    such as those of a mixture's experts and router, stay frozen."""
     from peft import LoraConfig, inject_adapter_in_model  # slow to import
 
     layers = adapted_layers(policy.lm)
@@ -173,7 +173,7 @@ class Micro:
     ids: Tensor  # [B, L] prompt and response, padded on the right; the response alone behind a shared prefix
     index: Tensor  # [T] the flattened position whose hidden state predicts each response token
     targets: Tensor  # [T] the response tokens, end token included
-    prefix: Tensor | None = None  # [P, Lp] the different prompts, padded on the left, if they are shared
+    prefix: Tensor | None = None  # [P, Lp] the different prompts, padded on the left, if shared
     prefix_mask: Tensor | None = None  # [P, Lp] 1 where there is a token
     prefix_of: Tensor | None = None  # [B] the prompt of each row
 
@@ -311,9 +311,9 @@ def blend(teacher: Policy | Adapters, student: Policy | Adapters, rate: float) -
 
 
 def full_weights(model: Policy | Adapters) -> Iterator[tuple[str, Tensor]]:
-    """The whole state of the model: Hugging Face names and whole tensors of all parameters, gathered
-    one at a time and with adapters merged in, then the buffers that a checkpoint holds. A collective:
-    every rank must run through it."""
+    """The whole state of the model: Hugging Face names and whole tensors of all parameters,
+    gathered one at a time and with adapters merged in, then the buffers that a checkpoint holds. A
+    collective: every rank must run through it."""
     model.reshard()  # a forward without a backward leaves the outermost unit gathered
     lm = model.lm
     names = [name for name, _ in lm.named_parameters() if ".lora_" in name]
@@ -350,8 +350,8 @@ def whole(x: Tensor) -> Tensor:
 
 
 def save_model(model: Policy, folder: Path, device: torch.device) -> None:
-    """Write the model as a Hugging Face checkpoint, in bf16 on CUDA; buffers keep their precision. A
-    collective; the first rank writes."""
+    """Write the model as a Hugging Face checkpoint, in bf16 on CUDA; buffers keep their precision.
+    A collective; the first rank writes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     buffers = saved_buffers(model.lm)
     first, state = dist.get_rank() == 0, {}

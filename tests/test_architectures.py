@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 from conftest import CHAIN, ROOT
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+)
 
 import grpo
 from common import architecture
@@ -49,9 +54,10 @@ GEMMA = dict(HEADS, query_pre_attn_scalar=8, **WINDOWS)
 GEMMA4 = dict(HEADS, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, **WINDOWS)
 LINEAR = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
               linear_num_value_heads=4, layer_types=["linear_attention", "full_attention"])
-MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8)
-DEEPSEEK = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-                n_group=2, topk_group=1, n_routed_experts=4, first_k_dense_replace=1)
+MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8,
+             mamba_chunk_size=8)
+DEEPSEEK = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+                v_head_dim=8, n_group=2, topk_group=1, n_routed_experts=4, first_k_dense_replace=1)
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
               image_size=16, patch_size=8)
 GPT = dict(vocab_size=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
@@ -78,10 +84,11 @@ FAMILIES = [
     Family("llama", PLAIN),
     Family("mistral", dict(HEADS, sliding_window=WINDOW), "windows"),
     Family("ministral", dict(HEADS, **WINDOWS), "windows"),
-    Family("mixtral", dict(HEADS, num_local_experts=4, sliding_window=WINDOW), "windows", experts=True),
+    Family("mixtral", dict(HEADS, num_local_experts=4, sliding_window=WINDOW), "windows",
+           experts=True),
     Family("qwen2", PLAIN),
-    Family("qwen2", dict(PLAIN, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
-           "windows"),
+    Family("qwen2", dict(PLAIN, use_sliding_window=True, sliding_window=WINDOW,
+                         max_window_layers=1), "windows"),
     Family("qwen2_moe", dict(PLAIN, num_experts=4, shared_expert_intermediate_size=16, **EXPERTS),
            experts=True),
     Family("qwen3", HEADS),
@@ -113,7 +120,8 @@ FAMILIES = [
     Family("granite", PLAIN, "logits_scaling 1"),
     Family("smollm3", dict(PLAIN, no_rope_layer_interval=2)),
     Family("glm4", HEADS),
-    Family("glm4_moe", dict(HEADS, n_routed_experts=4, first_k_dense_replace=1, **EXPERTS), experts=True),
+    Family("glm4_moe", dict(HEADS, n_routed_experts=4, first_k_dense_replace=1, **EXPERTS),
+           experts=True),
     Family("deepseek_v3", dict(PLAIN, num_key_value_heads=4, **DEEPSEEK) | EXPERTS, experts=True),
     Family("gpt_oss", dict(HEADS, num_local_experts=4, num_experts_per_tok=2, **WINDOWS), "windows",
            experts=True),
@@ -135,8 +143,8 @@ FAMILIES = [
     Family("bamba", dict(PLAIN, attn_layer_indices=[1], **MAMBA), "recurrent", shares=False),
     Family("falcon_h1", dict(PLAIN, mamba_d_ssm=64, **MAMBA), "recurrent", shares=False),
     Family("granitemoehybrid", dict(PLAIN, layer_types=["mamba", "attention"], num_local_experts=4,
-                                    shared_intermediate_size=16, **MAMBA), "recurrent", shares=False,
-           experts=True),
+                                    shared_intermediate_size=16, **MAMBA), "recurrent",
+           shares=False, experts=True),
     Family("lfm2", dict(PLAIN, layer_types=["conv", "full_attention"], block_multiple_of=8),
            "short convolutions", shares=False),
     Family("olmo_hybrid", dict(PLAIN, **LINEAR), "linear attention", shares=False),
@@ -427,7 +435,8 @@ def test_the_config_of_a_checkpoint_names_the_precision_of_its_weights(tmp_path,
 def test_a_dry_run_refuses_what_a_run_would(tmp_path):
     """With the embedded model's tokenizer: a head that scales its logits, and shared prompts."""
     tokenizer = load_tokenizer(CHAIN)
-    for name, flags, words in (("cohere", [], LOGITS), ("lfm2", ["--share_prompts"], "drop the flag")):
+    refusals = (("cohere", [], LOGITS), ("lfm2", ["--share_prompts"], "--share_prompts: "))
+    for name, flags, words in refusals:
         chosen = family(name)
         sizes = dict(chosen.config, vocab_size=len(tokenizer), bos_token_id=None, pad_token_id=None,
                      eos_token_id=tokenizer.eos_token_id, max_position_embeddings=1024)
@@ -449,23 +458,25 @@ ON_VLLM = {"llama", "qwen3", "qwen3_moe", "mixtral", "glm4_moe"}  # of tests/vll
 
 PAGE = """# Which models can be trained
 
-Any causal language model of transformers can be given as `--model`. It trains right, or the run ends
-at start with one line of why; `--dry_run` says so too. The tables are made from those of a test,
+Any causal language model of transformers can be given as `--model`. It trains right, or the run
+ends at start with one line of why. `--dry_run` says so too, if the configuration tells; it does not
+read the weights. The tables are made from those of a test,
 
     python tests/test_architectures.py > docs/models.md
 
-and the test holds every cell: for a tiny random model of each family, with random buffers, it takes
-prompts and responses of different length, longer than the windows, and compares the log-probabilities
+and the test holds every cell: for a tiny random model of each family, with random buffers, it
+takes prompts and responses of different length, longer than the windows. It compares the log-probabilities
 of the sampler (1e-4), of shared prompts (gradients too), of the sampler after an update and a sync,
-and of the saved checkpoint opened again (1e-5), all this with and without LoRA. Small models do not
-prove that a large checkpoint learns; they prove that no number is lost on the way.
+and of the saved checkpoint opened again (1e-5), the last two with LoRA too. On a CPU, in fp32: the
+kernels that recurrent models have on CUDA are not tested. Small models do not prove that a large
+checkpoint learns; they prove that no number is lost on the way.
 
 ## Accepted
 
 - **`--sampler hf`** works with each family below that has a yes. **vLLM**: "yes" stands where
   `tests/vllm/test_families.py` compares the engine with the policy on a CPU. For all other families
   each run compares the two at start, and ends if the engine is not the policy.
-- **`--share_prompts`** works where all layers are full or sliding attention. Recurrent layers, linear
+- **`--share_prompts`** works if all layers are full or sliding attention. Recurrent layers, linear
   attention and convolutions cannot go on from a prompt that was read before.
 - **LoRA** adapts all linear layers but the head, GPT-2's `Conv1D` too. Experts and routers of a
   mixture are not linear layers in transformers; they stay frozen.
@@ -482,9 +493,9 @@ prove that a large checkpoint learns; they prove that no number is lost on the w
 |---|---|---|
 {refused}
 
-Refused as well, whatever the family: quantized weights, a checkpoint without some of its weights, a
-configuration that ties the head to an embedding from which it differs, attention to later tokens, and
-a configuration that transformers will not save. A `generation_config.json` with a temperature but
+Refused as well, whatever the family: quantized weights, a checkpoint without some of its weights,
+a configuration that ties the head to an embedding from which it differs, attention to later tokens,
+and a configuration that transformers will not save. A `generation_config.json` with a temperature but
 without `do_sample` is mended.
 """
 
