@@ -1,10 +1,15 @@
 # make demo        set up and train the embedded model, with curves (three minutes on a laptop)
+# make check       lint and the tests that train nothing: the inner loop
 # make test        set up and run the tests
 # make test-vllm   the same for the vLLM engine, on a CPU, in an environment of its own
 PYTHON ?= python3
 
 demo: .venv/.demo
 	.venv/bin/python hsd.py --demo
+
+check: .venv/.test
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest -q -n 2 tests/test_house.py tests/test_grpo_loss.py tests/test_examples.py tests/test_compare.py
 
 test: .venv/.test
 	.venv/bin/ruff check .
@@ -29,4 +34,4 @@ test-vllm: .venv-vllm/.test
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-.PHONY: demo test test-vllm
+.PHONY: demo check test test-vllm

@@ -1,661 +1,383 @@
-"""SDPO: Self-Distillation Policy Optimization ("Reinforcement Learning via Self-Distillation", arXiv 2601.20802).
+"""SDPO: Self-Distillation Policy Optimization ("Reinforcement Learning via Self-Distillation",
+arXiv 2601.20802).
 
-For a question x, sample G responses y_i and judge them. What the environment says of them becomes the context f of a
-self-teacher, the same model (slowed down) with f in its prompt; the student learns the teacher's distribution on its
-own tokens:
+For a question x, sample G responses y_i and judge them. What the environment says about them
+becomes the context f of a self-teacher: the same model (slowed down) with f in its prompt. The
+student learns the teacher's distribution on its own tokens.
 
-    q(· | x, f_i, y_<t)  = teacher;   f_i: a successful sibling's solution, else feedback on y_i; neither: no loss
-    L(θ) = Σ_t KL( π_θ(· | x, y_<t) ‖ sg[q(· | x, f, y_<t)] ),    y ~ sg[π_θ(· | x)]                           Eq. 1
-    A_t(ŷ) = log[ q(ŷ | x, f, y_<t) / π_θ(ŷ | x, y_<t) ]          the advantage of every vocabulary entry           §2
-    A      = λ A^GRPO + (1 − λ) A^SDPO                            the hybrid                                   Eq. 3
-    q: EMA of θ;  or the trust region q* ∝ exp((1 − α) log q_ref + α log q_θ)                               Table 4
+    f_i: a successful sibling's solution, else feedback on y_i; neither: no loss
+    L(θ) = Σ_t KL( π_θ(· | x, y_<t) ‖ sg[q(· | x, f, y_<t)] ),    y ~ sg[π_θ(· | x)]         Eq. 1
+    A_t(ŷ) = log[ q(ŷ | x, f, y_<t) / π_θ(ŷ | x, y_<t) ]   for every vocabulary entry ŷ         §2
+    A    = λ A^GRPO + (1 − λ) A^SDPO                                         the hybrid      Eq. 3
+    q: EMA of θ;  or the trust region q* ∝ exp((1 − α) log q_ref + α log q_θ)              Table 4
 
 The reward enters only through which response counts as successful.
 
-    python sdpo.py --demo                                          # the embedded model, three minutes on a laptop
-    torchrun --nproc_per_node=4 sdpo.py --task sciknoweval/chemistry --context solution --kl jsd --top_k 100
-                                                                   # Table 12, Sec. 3
-    torchrun --nproc_per_node=8 sdpo.py --task livecodebench --kl reverse --top_k 20 --teacher_rate 0.01 \\
-        --minibatches 4 --lr 1e-6 --warmup 0                    # Table 12, Sec. 4; one question a process and update
-    python sdpo.py --test_time --task livecodebench --kl reverse --top_k 20 --adv_clip 5 --teacher_rate 0.01 \\
-        --batch_size 1 --group_size 16 --budget 2750 --seeds 5 --warmup 0 --lora_rank 32 --lr 1e-5
-                                                                   # Table 12, Sec. 5, with LoRA: one process, one GPU
+    python sdpo.py --demo                                   # embedded model, 3 minutes on a laptop
+    torchrun --nproc_per_node=4 sdpo.py --task sciknoweval/chemistry --context solution \\
+        --kl jsd --top_k 100                                                    # Table 12, Sec. 3
+    torchrun --nproc_per_node=8 sdpo.py --task livecodebench --kl reverse --top_k 20 \\
+        --teacher_rate 0.01 --minibatches 4 --lr 1e-6 --warmup 0                # Table 12, Sec. 4
 
-Equations are v2's (v1 printed the gradient without π inside the sum). The default divergence is exact, over the whole
-vocabulary; the paper's top-K + tail is --top_k. The released code masks and averages per sequence within a micro-batch;
-here the mean is over tokens, as in the paper's pseudo-code (--mean sequence is the other). Own success is never its own
-demonstration, as in the code (the paper's Table 2 caption says otherwise). Left out on purpose: the sequence-level
-estimator of Eq. 7 (the authors saw no gain) and multi-modal inputs. Details: docs/sdpo.md.
+Test-time self-distillation (Sec. 5) is benchmarks/discovery.py.
+Equations are v2's (v1 printed the gradient without π inside the sum). The default divergence is
+over the whole vocabulary; the paper's top-K + tail is --top_k. The released code masks and averages
+per sequence within a micro-batch. Here the mean is over tokens, as in the paper's pseudo-code
+(--mean sequence is the other). A response is never its own demonstration, as in the code (the
+caption of the paper's Table 2 says otherwise). Left out: the sequence-level estimator of
+Eq. 7 (the authors saw no gain), multi-modal inputs. Details: docs/sdpo.md.
 """
 from __future__ import annotations
 
-import json
 import random
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.chat import as_text, chat_ids, load_tokenizer
+from common import require
+from common.microbatches import micro_batches
 from common.policy import (
-    Micro,
-    blend,
-    frozen_copy,
-    full_weights,
-    load_policy,
-    make_optimizer,
-    micro_batches,
-    optimizer_step,
-    score,
+    Policy, bounded_exp, ema_update, frozen_copy, load_policy, make_optimizer, mismatch,
+    optimizer_step, rollout_mean, score, warm_up,
 )
-from common.run import Run, parse, require, within
-from common.sampler import Rollout, first_sync, make_sampler
-from common.tasks import Problem, load_task, take
-from common.verifiers import Verdict, Verifier, after_thoughts
-from kernels.head import Divergence, TokenStats, head_loss, token_stats
+from common.rollouts import Batch, Group, Rollouts, check_fits
+from common.run import Run
+from common.settings import Flat, Setup, parse
+from common.tasks import Problem
+from common.verifiers import after_thoughts
+from kernels.divergence import Pair
+from kernels.head import Divergence, TokenStats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    """SDPO. Defaults: Table 12, column Sec. 3, but the divergence is over the whole vocabulary and, where no sibling
-    succeeds, the checker's feedback is shown (Sec. 3 has none: --context solution)."""
+    """SDPO. Defaults: Table 12, Sec. 3, but over the whole vocabulary and with feedback shown when
+    no sibling succeeds (Sec. 3 shows none: --context solution)."""
 
-    model: str = "Qwen/Qwen3-8B"
-    """folder or hub id of a causal LM with a chat template; start and first teacher"""
-    task: str = "sciknoweval/chemistry"
-    """a named set (gsm8k, mbpp …), jsonl:FILE, hf:NAME[:CONFIG], gym:NAME, chain, or a mixture: 4*gsm8k+1*mbpp"""
-    data_dir: str = ""
-    """folder that named sets are read from; empty reads them from the hub"""
-    against: str = ""
-    """further evaluation sets, joined by commas: training questions that stand in one are removed"""
-    fields: str = ""
-    """names of the data's fields where they differ, e.g. question=prompt,answer=gold"""
-    instruction: str | None = None
-    """text added to every maths question; the default asks for \\boxed{}"""
-    heldout: int = 256
-    """problems set aside for evaluation, never trained on"""
-
+    model: str = "Qwen/Qwen3-8B"  # folder or hub id; also the first teacher
+    task: str = "sciknoweval/chemistry"  # see common/tasks; a mixture is 4*gsm8k+1*mbpp
     # the method
-    kl: Literal["jsd", "reverse", "forward"] = "jsd"
-    """jsd: symmetric Jensen–Shannon (Sec. 3); reverse: KL(student‖teacher), Eq. 1 (Sec. 4, 5); forward: its opposite"""
-    top_k: int = 0
-    """the divergence over the student's K likeliest tokens and one tail bucket (Sec. 3: 100; Sec. 4, 5: 20); 0: all"""
-    granularity: Literal["logit", "token", "sampled", "sequence"] = "logit"
-    """Fig. 10: an advantage for every entry, for the likeliest token, for the whole response; or (released) for the
-    sampled token. The last two are of the reverse KL, on sampled tokens"""
-    adv_clip: float = 0.0
-    """bound on |A_t(ŷ)| of --kl reverse (Sec. 5: 5.0), nats; 0 is off"""
-    teacher: Literal["ema", "trust_region", "frozen", "live"] = "ema"
-    """whose weights teach (Table 4)"""
-    teacher_rate: float = 0.05
-    """α: of the average per step, or of the live model in the trust region (Sec. 4, 5: 0.01)"""
-    context: Literal["either", "solution", "feedback", "both"] = "either"
-    """f: a sibling's solution, or feedback where there is none; one of them only; or both in one prompt"""
-    lam: float = 0.0
-    """λ of Eq. 3: the share of GRPO's advantage (the paper's hybrid: 0.9)"""
-    clip_low: float = 0.2
-    """--lam: ε below 1 in the clip of GRPO's share, Eq. 12 (released: 0.2)"""
-    clip_high: float = 0.28
-    """--lam: ε above 1 (Table 13)"""
-    is_clip: float = 2.0
-    """bound on π_θ/π_old of a token, with more than one update a step (the released code: 2)"""
-    tis: float = 2.0
-    """ρ of Table 12: sg(min(π_old/π_sampler, ρ)), the truncated importance weight of each token; 0 is off"""
-    mean: Literal["token", "sequence"] = "token"
-    """over all tokens with a signal (the paper), or within a response first (as released, but without its zeros)"""
-    group_size: int = 8
-    """G, responses a question"""
-    minibatches: int = 1
-    """optimizer updates a step; each takes an equal share of the questions"""
-
-    # test-time self-distillation (§5)
-    test_time: bool = False
-    """take --questions held-out problems one by one, learn on each until it is solved; see `discover`"""
-    questions: int = 8
-    """how many problems, the hardest of the held-out ones by the start's own pass rate"""
-    budget: int = 512
-    """attempts at a problem"""
-    seeds: int = 3
-    """repetitions of each problem"""
-
+    kl: Literal["jsd", "reverse", "forward"] = "jsd"  # reverse: Eq. 1 (Sec. 4, 5); jsd: Sec. 3
+    top_k: int = 0  # student's K likeliest entries + tail (Sec. 3: 100; Sec. 4, 5: 20); 0: all
+    granularity: Literal["logit", "token", "sampled", "sequence"] = "logit"  # Fig. 10, divergence()
+    adv_clip: float = 0.0  # bound on |A_t(ŷ)| of --kl reverse, nats (Sec. 5: 5.0); 0: off
+    teacher: Literal["ema", "trust_region", "frozen", "live"] = "ema"  # whose weights (Table 4)
+    teacher_rate: float = 0.05  # α: EMA rate per step, or the live model's share in the mix
+    context: Literal["either", "solution", "feedback", "both"] = "either"  # f; solution first
+    lam: float = 0.0  # λ of Eq. 3, the share of GRPO's advantage (the paper's hybrid: 0.9)
+    clip_low: float = 0.2  # --lam: ε below 1 in the clip of GRPO's share, Eq. 12 (released)
+    clip_high: float = 0.28  # --lam: ε above 1 (Table 13)
+    tis: float = 2.0  # ρ of Table 12: bound on the weights π_θ/π_old and π_old/π_sampler; 0: off
+    mean: Literal["token", "sequence"] = "token"  # over all tokens, or within a response first
+    group_size: int = 8  # G, responses per question
+    minibatches: int = 1  # optimizer updates per step; each takes an equal share of the questions
     # sampling
-    batch_size: int = 32
-    """questions a step, over all processes"""
-    max_tokens: int = 8192
-    """limit of a response, in tokens"""
-    temperature: float = 1.0
-    """of sampling; log-probabilities and both sides of the KL are at the same temperature"""
-    top_p: float = 1.0
-    """nucleus of sampling; below 1 the sampler's distribution is not the trainer's"""
-    thinking: bool = False
-    """chat templates with a thinking mode: switch it on, for student and teacher alike"""
-
+    batch_size: int = 32  # questions per step, over all processes
+    max_tokens: int = 8192  # most tokens per response
+    temperature: float = 1.0  # of sampling and of both sides of the divergence
+    top_p: float = 1.0  # nucleus of sampling; below 1 sampler and trainer differ
+    thinking: bool = False  # switch on the chat template's thinking mode, for both sides
     # optimisation
-    steps: int = 500
-    """of sampling, judging and updating"""
-    lr: float = 1e-5
-    """learning rate of AdamW, constant after the warm-up"""
-    warmup: int = 10
-    """steps of linear warm-up"""
-    weight_decay: float = 0.01
-    """of AdamW"""
-    max_norm: float = 1.0
-    """gradient norm limit"""
+    steps: int = 500  # each has its own rollouts
+    lr: float = 1e-5  # AdamW, constant after the warm-up
+    warmup: int = 10  # steps of linear warm-up
+    weight_decay: float = 0.01  # AdamW's
+    max_norm: float = 1.0  # gradient clipping
+    demo: bool = False  # the embedded model and task, small enough for a laptop: see DEMO
 
-    # the machine
-    token_budget: int = 16384
-    """padded tokens in a forward pass of training"""
-    sampler: Literal["hf", "vllm"] = "hf"
-    """engine of the rollouts: the model's Hugging Face code, or vLLM inside each process"""
-    sampler_rows: int = 128
-    """rollouts that decode at a time; their KV cache must fit"""
-    tensor_parallel: int = 1
-    """--sampler vllm: ranks that share an engine"""
-    vllm_memory: float = 0.4
-    """--sampler vllm: share of the GPU's memory for its weights and KV cache"""
-    checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, a third more time"""
-    lora_rank: int = 0
-    """train adapters of this rank on a frozen base, with a learning rate of about ten times; 0 trains all weights"""
-    lora_alpha: float = 32.0
-    """adapters add alpha/rank·B·A to a weight"""
-    optimizer_state: Literal["fp32", "bf16", "offload"] = "fp32"
-    """AdamW's moments: 8 bytes a trained weight, 4, or 8 in the CPU's memory"""
-    workers: int = 4
-    """verdicts at a time"""
-    allow_unsafe_exec: bool = False
-    """run a model's programs without bubblewrap, with your own rights"""
-
-    # the run
-    seed: int = 0
-    """of data order and sampling"""
-    name: str = ""
-    """folder under --out; made up from the task and the seed where empty"""
-    out: str = "runs"
-    """where run folders go"""
-    resume: str = ""
-    """"auto": go on from this run's last checkpoint, if there is one; or a checkpoint folder"""
-    eval_every: int = 20
-    """steps between evaluations on the held-out problems"""
-    eval_samples: int = 1
-    """responses for each held-out problem"""
-    eval_only: bool = False
-    """evaluate --model and stop"""
-    dry_run: bool = False
-    """print the plan and the memory it takes, check model, data and engine, and stop"""
-    save_every: int = 100
-    """steps between checkpoints; the last step is always saved"""
-    keep: int = 2
-    """checkpoints kept"""
-    track: Literal["", "tensorboard", "wandb", "trackio"] = ""
-    """also send metrics there"""
-    demo: bool = False
-    """the embedded model and task, small enough for a laptop: the overrides in DEMO"""
+    setup: Flat[Setup] = field(default_factory=Setup)  # data, machine, log: common/settings.py
 
 
-DEMO = dict(model="assets/chain", task="chain", kl="reverse", group_size=8, batch_size=16, max_tokens=64, lr=1e-4,
-            warmup=0, steps=60, eval_every=10, eval_samples=2, save_every=40)
-TEST_TIME_DEMO = dict(task="chain:14", group_size=16, batch_size=1, max_tokens=192, questions=4, seeds=1, budget=256,
-                      heldout=64)
+DEMO = dict(
+    model="assets/chain", task="chain", kl="reverse", group_size=8, batch_size=16, max_tokens=64,
+    lr=1e-4, warmup=0, steps=60, setup=Setup(eval_every=10, eval_samples=2, save_every=40),
+)
 
 
 def presets(args: Args) -> dict:
-    return {**(DEMO if args.demo else {}), **(TEST_TIME_DEMO if args.demo and args.test_time else {})}
+    """Defaults that depend on --demo; what is typed wins."""
+    if args.demo:
+        return DEMO
+    return {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. the teacher's context
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
 CLOSING = "Now solve the problem in your own words."
 
 
-def context(problem: Problem, solution: str | None, feedback: str | None, args: Args) -> list[dict] | None:
-    """The chat of the self-teacher: question, solution, feedback, one closing line; None where there is no signal. The
-    attempt itself is not shown (Table 6), and a demonstration's thoughts are cut out.
+def choose_sibling(group: Group, i: int, rng: random.Random) -> int | None:
+    """A successful sibling of rollout i, drawn uniformly, never itself; None if there is none."""
+    others = [j for j, verdict in enumerate(group.verdicts) if verdict.reward == 1 and j != i]
+    if not others:
+        return None
+    return rng.choice(others)
+
+
+def teacher_chat(problem: Problem, solution: str | None, feedback: str | None,
+                 args: Args) -> list[dict] | None:
+    """The chat with f in it: question, solution, feedback, closing; None without a signal.
+
+    The attempt itself is not shown (Table 6), and a demonstration's thoughts are cut out.
 
     >>> p = Problem("1", [{"role": "user", "content": "1+1?"}])
-    >>> context(p, "<think>hm</think>2", "no", Args())[0]["content"].split("\\n\\n")[1:-1]
+    >>> teacher_chat(p, "<think>hm</think>2", "no", Args())[0]["content"].split("\\n\\n")[1:-1]
     ['A solution that passed the check:\\n2']
     """
     blocks = []
     if solution is not None and args.context != "feedback":
         blocks.append(SOLUTION.format(solution=after_thoughts(solution)))
-    if feedback and (args.context in ("feedback", "both") or (args.context == "either" and not blocks)):
+    wanted = args.context in ("feedback", "both") or (args.context == "either" and not blocks)
+    if feedback and wanted:
         blocks.append(FEEDBACK.format(feedback=feedback))
     if not blocks:
         return None
     *system, user = problem.messages
-    return [*system, {"role": "user", "content": "\n\n".join([user["content"], *blocks, CLOSING])}]
+    content = "\n\n".join([user["content"], *blocks, CLOSING])
+    return [*system, {"role": "user", "content": content}]
 
 
-def choose_siblings(rewards: list[float], rng: random.Random) -> list[int | None]:
-    """For each rollout of a group a successful sibling, drawn uniformly, never itself; None where there is none."""
-    out: list[int | None] = []
-    for i in range(len(rewards)):
-        others = [j for j, r in enumerate(rewards) if r == 1 and j != i]
-        out.append(rng.choice(others) if others else None)
-    return out
+def teacher_prompts(batch: Batch, rollouts: Rollouts, step: int, args: Args) -> tuple:
+    """The teacher's prompt ids for every rollout, whether it has a signal [Q, G], what it shows.
+
+    Without a signal the prompt is the student's own.
+    """
+    prompts, has_context, shown = [], [], []
+    for group in batch.groups:
+        rng = random.Random(f"{args.setup.seed}/{step}/{group.problem.id}")
+        for i, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts)):
+            j = choose_sibling(group, i, rng)
+            solution = feedback = None
+            if j is not None and args.context != "feedback":
+                # thoughts first: their tags may be control tokens
+                solution = rollouts.as_text(after_thoughts(group.rollouts[j].text))
+            if verdict.reward < 1:  # a success needs no correction
+                feedback = rollouts.as_text(verdict.feedback)
+            chat = teacher_chat(group.problem, solution, feedback, args)
+            has_context.append(chat is not None)
+            if chat is None:
+                prompts.append(rollout.prompt_ids)
+                shown.append("none")
+                continue
+            prompts.append(rollouts.chat_ids(chat))
+            kind = "feedback" if solution is None else "solution"
+            shown.append(kind)
+    check_fits(prompts, batch, rollouts)
+    return prompts, torch.tensor(has_context).view_as(batch.rewards), shown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. the loss
-# ---------------------------------------------------------------------------------------------------------------------
-class Tokens(NamedTuple):
-    """What the loss needs to know of each response token, all [T]."""
+# --------------------------------------------------------------------------------------------------
+class Inputs(NamedTuple):
+    """What the loss needs to know about each response token, all [T]."""
 
     weight: Tensor  # from token_weights
-    signal: Tensor  # 1 where the teacher has a context, else 0
+    has_context: Tensor  # 1 if the teacher was shown anything, else 0
     advantage: Tensor  # GRPO's, r − mean(r), for the hybrid
     sampler_logp: Tensor  # log π_sampler
-    old_logp: Tensor | None  # log π_old; None where π_old is the policy itself (one update a step)
-    rollout: Tensor  # which rollout the token belongs to, 0 … R−1
-
-
-def clipped_advantages(bound: float):
-    """KL(π‖q) with the advantages A(ŷ) = log q − log π bounded in the gradient (Table 12: 5.0): → a custom divergence
-    for the kernels (docs/kernels.md), (value, slope) of each entry; at.x is A(ŷ)."""
-    return lambda at, _: (at.gap - at.p * at.x, -at.p * at.x.clamp(-bound, bound))
-
-
-def divergence(args: Args) -> Divergence:
-    """Between student p and teacher q. top-K + tail: Eq. 11 (v2), the K of the student."""
-    top_k = 1 if args.granularity == "token" else args.top_k
-    if args.adv_clip > 0:
-        return Divergence(clipped_advantages(args.adv_clip), top_k=top_k)
-    kind = {"reverse": "reverse_kl", "forward": "forward_kl", "jsd": "jsd"}[args.kl]  # jsd: M = ½π + ½q
-    return Divergence(kind, beta=0.5, top_k=top_k, support="student", tail=True)
-
-
-BOUND = 20.0  # nats: up to here a log ratio is exponentiated as it is
-
-
-def bounded_exp(x: Tensor) -> Tensor:
-    """exp(x); beyond BOUND the tangent of exp at BOUND goes on. There the value still rises, and
-    the slope stays at exp(BOUND): the gradient of one token can neither overflow nor vanish."""
-    inside = x.clamp(max=BOUND)
-    return torch.where(x > BOUND, inside.exp() * (1 + x - BOUND), inside.exp())
-
-
-def loss(token: TokenStats, batch: Tokens, args: Args) -> Tensor:
-    """The loss of each token [T]; their sum is L (Eq. 1) of the batch. The teacher's side carries no gradient."""
-    old_logp = token.logp.detach() if batch.old_logp is None else batch.old_logp
-    if args.granularity in ("logit", "token"):
-        distil = token.kl  # Eq. 1
-    else:  # −A log π_θ with the advantage of the sampled token, or its mean over the response
-        A = (token.teacher_logp - token.logp).detach()
-        distil = -(rollout_mean(A, batch.rollout) if args.granularity == "sequence" else A) * token.logp
-    ratio = bounded_exp(token.logp - old_logp)
-    distil = distil * ratio.detach().clamp(max=args.is_clip)  # truncated weight of an off-policy token, as released
-    per_token = batch.signal * distil
-    if args.lam > 0:  # Eq. 3, with the clip of Eq. 12 on GRPO's share
-        clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-        surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
-        per_token = (1 - args.lam) * per_token - args.lam * surrogate
-    if args.tis > 0:  # truncated importance sampling: the rollouts are the sampler's, not π_old's
-        per_token = per_token * (old_logp - batch.sampler_logp).exp().clamp(max=args.tis).detach()
-    return batch.weight * per_token
-
-
-def rollout_mean(x: Tensor, rollout: Tensor) -> Tensor:
-    """Each token's value becomes the mean over its rollout. x, rollout [T].
-
-    >>> rollout_mean(torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0, 0, 1]))
-    tensor([2., 2., 7.])
-    """
-    lengths = torch.bincount(rollout)
-    return (torch.zeros(len(lengths), dtype=x.dtype, device=x.device).index_add(0, rollout, x) / lengths)[rollout]
+    old_logp: Tensor | None  # log π_old; None: one update per step, so π_old = π_θ
+    rollout: Tensor  # which rollout of the micro-batch the token belongs to
 
 
 def token_weights(lengths: Tensor, kept: Tensor, args: Args) -> Tensor:
-    """The weight of each token of a rollout in the batch's mean, [Q, G], for lengths [Q, G] in tokens and kept [Q, G]
-    (0 takes a rollout out). Counts go over all ranks, so any split of a batch gives the same loss."""
-    kept = kept.float()
-    share = kept if args.mean == "token" else kept / lengths
+    """The weight of each token of a rollout in the batch's mean, [Q, G], from lengths in tokens.
+
+    kept [Q, G]: False drops a rollout. Counts are summed over all ranks, so the loss does not
+    depend on how the batch is split.
+    """
+    if args.mean == "token":  # one mean over all tokens with a signal
+        share = kept.float()
+    else:
+        share = kept / lengths
     count = (share * lengths).sum().double()
     dist.all_reduce(count)
     return share / count.clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def loss(stats: TokenStats, x: Inputs, args: Args) -> Tensor:
+    """Each token's loss [T]; the sum over the batch is L (Eq. 1) or the hybrid (Eq. 3)."""
+    old_logp = stats.logp.detach() if x.old_logp is None else x.old_logp
+    ratio = bounded_exp(stats.logp - old_logp)
+    distil = stats.kl  # Eq. 1: see divergence()
+    if args.granularity in ("sampled", "sequence"):
+        distil = -sampled_advantage(stats, x, args) * stats.logp
+    if args.tis > 0:  # truncated weight of an off-policy token, as released
+        distil = distil * ratio.detach().clamp(max=args.tis)
+    per_token = x.has_context * distil
+    if args.lam > 0:  # Eq. 3, with the clip of Eq. 12 on GRPO's share
+        clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+        surrogate = torch.minimum(ratio * x.advantage, clipped * x.advantage)
+        per_token = (1 - args.lam) * per_token - args.lam * surrogate
+    if args.tis > 0:  # the rollouts are the sampler's, not π_old's
+        per_token = per_token * (old_logp - x.sampler_logp).exp().clamp(max=args.tis)
+    return x.weight * per_token
+
+
+def sampled_advantage(stats: TokenStats, x: Inputs, args: Args) -> Tensor:
+    """A_t(y_t) of §2, [T], without gradient; with --granularity sequence a response's mean."""
+    A = (stats.teacher_logp - stats.logp).detach()
+    if args.granularity == "sequence":
+        A = rollout_mean(A, x.rollout)
+    return A
+
+
+def clipped_reverse_kl(pair: Pair, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """KL(π‖q) whose advantages A(ŷ) = log q − log π are bounded in the gradient (Table 12: 5.0).
+
+    A custom divergence for the kernels (docs/kernels.md): (value, slope) of each entry; pair.x is
+    A(ŷ).
+    """
+    A = pair.x
+    bounded = A.clamp(-divergence.clip, divergence.clip)
+    return pair.gap - pair.p * A, -pair.p * bounded
+
+
+def divergence(args: Args) -> Divergence:
+    """Eq. 1 between student p and teacher q, which kernels/head.py sums chunk by chunk.
+
+    --top_k: Eq. 11 (v2), the student's K likeliest entries and one more for the rest.
+    --granularity token: K = 1.
+
+    >>> from kernels.reference import divergence_of
+    >>> p, q = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.5, 0.5]])  # student, teacher
+    >>> eq_1 = (p * (p.log() - q.log())).sum(-1)
+    >>> torch.allclose(divergence_of(divergence(Args(kl="reverse")), p, q), eq_1)
+    True
+    """
+    top_k = args.top_k
+    if args.granularity == "token":
+        top_k = 1
+    if args.adv_clip > 0:
+        return Divergence(clipped_reverse_kl, clip=args.adv_clip, top_k=top_k)
+    if args.kl == "reverse":
+        return Divergence("reverse_kl", top_k=top_k)
+    if args.kl == "forward":
+        return Divergence("forward_kl", top_k=top_k)
+    return Divergence("jsd", beta=0.5, top_k=top_k)  # against the mixture ½π + ½q
+
+
+# --------------------------------------------------------------------------------------------------
 # 4. the loop
-# ---------------------------------------------------------------------------------------------------------------------
-class Group(NamedTuple):
-    """A question, its G responses and their verdicts."""
-
-    problem: Problem
-    rollouts: list[Rollout]
-    verdicts: list[Verdict]
-
-    @property
-    def mixed(self) -> bool:
-        """Whether the verifier's rewards differ; where they do not, every advantage made of them is 0."""
-        return len({v.reward for v in self.verdicts}) > 1
-
-
+# --------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
-    within(args, group_size=(1, 1e5), top_k=(0, 1e6), adv_clip=(0, 1e3), teacher_rate=(0, 1), lam=(0, 1), tis=(0, 1e3),
-           clip_low=(0, 1), clip_high=(0, 1e3), is_clip=(1, 1e3), minibatches=(1, 1e5),
-           questions=(1, 1e6), budget=(1, 1e7), seeds=(1, 1e3))
-    require(not args.adv_clip or (args.kl == "reverse" and args.granularity in ("logit", "token")), "--adv_clip bounds "
-            "the advantages of --kl reverse, with --granularity logit or token")
-    require(not args.test_time or (args.budget >= args.group_size and not args.resume), "--test_time needs a --budget "
-            f"of at least --group_size {args.group_size} attempts, and always begins at --model: leave out --resume")
-    method = "sdpo-test-time" if args.test_time else "sdpo"
-    alone = args.group_size == 1 and args.context == "solution"
-    require(not alone, "--group_size 1: a response has no sibling whose solution --context "
-            "solution could show; raise it, or take --context either")
-    run = Run(args, method, fixed=("teacher",), saves=not args.test_time)
-    require(run.world == 1 or not args.test_time, "--test_time runs in one process")
-    require(args.batch_size % (run.world * args.minibatches) == 0, f"--batch_size {args.batch_size} questions do not "
-            f"divide into {run.world} process(es) × {args.minibatches} minibatch(es)")
-    task = load_task(args.task, heldout=args.heldout, fields=args.fields, instruction=args.instruction,
-                     data_dir=args.data_dir, against=args.against)
-    tokenizer = load_tokenizer(args.model, args.thinking, [*task.heldout, *task.train])
-    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
-    verifier.check([*task.heldout, *task.train][run.rank :: run.world])  # a bad reference ends here, not in step 900
-    run.check_lengths(tokenizer, [*task.heldout, *task.train])
-    if args.context != "feedback" and not args.test_time:
-        run.check_lengths(tokenizer, task.train, lambda p: context(p, "", None, args), reads=2,
-                          why=" (the teacher reads a sibling's before the response)")
-    if args.dry_run:
-        steps = args.questions * args.seeds * (args.budget // args.group_size) if args.test_time else args.steps
-        return run.plan(task, tokenizer, verifier, group=args.group_size, updates=args.minibatches,
-                        copies=(args.teacher != "live") + args.test_time, steps=steps)
-    policy = load_policy(args.model, run.device, checkpointing=args.checkpointing, lora_rank=args.lora_rank,
-                         lora_alpha=args.lora_alpha)
-    slow = None if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
-    start = frozen_copy(policy, args.model, run.device) if args.test_time else None  # what each question begins with
-    # the teacher's logits are Σ mix·(logits of a model): one model, or the reference and the live one (trust region)
-    teachers = {"live": [policy], "trust_region": [slow, policy]}.get(args.teacher, [slow])
-    mix = (1 - args.teacher_rate, args.teacher_rate) if args.teacher == "trust_region" else (1.0,)
-    optimizer = make_optimizer(policy, args.optimizer_state, lr=args.lr, weight_decay=args.weight_decay)
-    sampler = make_sampler(args, tokenizer, run.device)
-    run.begin(*task.notes, context=sampler.context)
-    moving = {"teacher": slow} if args.teacher == "ema" else {}
-    first_step = run.resume(policy, optimizer, **moving)
-    # on a resume the first rollouts must be the resumed policy's
-    first_sync(sampler, policy, chat_ids(tokenizer, task.heldout[0].messages, args.thinking))
+    run = Run(args, __file__, updates=args.minibatches, fixed=("teacher",))
+    rollouts = Rollouts(args, run)
+    check(rollouts, args)
+    if args.setup.dry_run:
+        return run.dry_run(rollouts, copies=int(args.teacher != "live"))
+    policy = load_policy(args.model, run.device, args.setup)
+    slow = policy if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
+    teachers, mix = teacher_models(slow, policy, args)
+    optimizer = make_optimizer(policy, args)
+    run.resume(policy, optimizer, rollouts, slow, moving=args.teacher == "ema")
+    budget = args.setup.token_budget
 
-    def judged_groups(problems: list[Problem], n: int, seed: tuple[int, ...], keys: range) -> list[Group]:
-        with run.timer("sample"):
-            prompts = [chat_ids(tokenizer, p.messages, args.thinking) for p in problems]
-            groups = sampler.sample(prompts, n, seed=seed, keys=keys, max_tokens=args.max_tokens,
-                                    temperature=args.temperature, top_p=args.top_p)
-        with run.timer("verify"):
-            verdicts = verifier([p for p in problems for _ in range(n)], [o.text for g in groups for o in g])
-        return [Group(p, g, verdicts[i * n : i * n + n]) for i, (p, g) in enumerate(zip(problems, groups))]
+    for step in run.steps(args.steps):
+        if step % args.setup.eval_every == 0:
+            run.collect(rollouts.evaluate())
 
-    def evaluate() -> dict:
-        """Held-out problems, without hints, each rank every world-th of them."""
-        mine = range(run.rank, len(task.heldout), run.world)
-        with run.timer("evaluate"):
-            groups = judged_groups([task.heldout[i] for i in mine], args.eval_samples, (args.seed, 1), mine)
-        return {"heldout/pass@1": [v.reward for g in groups for v in g.verdicts],
-                "heldout/length": [len(o.response_ids) for g in groups for o in g.rollouts]}
+        # sample and judge
+        batch = rollouts.sample(step)
+        A = batch.rewards - batch.rewards.mean(1, keepdim=True)
 
-    def explore(step: int) -> list[Group]:
-        """This rank's share of the questions as groups."""
-        share = args.batch_size // run.world
-        start = (step * run.world + run.rank) * share
-        problems = take(task.train, args.seed, start, share)
-        return judged_groups(problems, args.group_size, (args.seed, 0), range(start, start + share))
+        # the teacher's prompts
+        hinted, has_context, shown = teacher_prompts(batch, rollouts, step, args)
+        kept = has_context | (args.lam > 0)
 
-    def hinted(group: Group, rng: random.Random) -> list[tuple[list[int] | None, str]]:
-        """The teacher's prompt for each rollout of a group (None where there is no signal), and what it shows."""
-        out = []
-        for i, j in enumerate(choose_siblings([v.reward for v in group.verdicts], rng)):
-            solution = feedback = None
-            if j is not None and args.context != "feedback":  # thoughts first: their tags may be control tokens
-                solution = as_text(tokenizer, after_thoughts(group.rollouts[j].text))
-            if group.verdicts[i].reward < 1:  # a success needs no correction
-                feedback = as_text(tokenizer, group.verdicts[i].feedback)
-            messages = context(group.problem, solution, feedback, args)
-            ids = None if messages is None else chat_ids(tokenizer, messages, args.thinking)
-            require(ids is None or len(ids) + len(group.rollouts[i].response_ids) <= sampler.context, f"problem "
-                    f"{group.problem.id}: the teacher's prompt (with a solution or the environment's feedback) and a "
-                    f"response exceed the model's context of {sampler.context} tokens; lower --max_tokens")
-            out.append((ids, "none" if ids is None else "feedback" if solution is None else "solution"))
-        return out
+        # score
+        rollouts.sleep()
+        old_logp = None
+        if run.updates > 1:  # otherwise π_old is the policy of the update's own forward
+            old_logp = score(policy, batch.prompts, batch.responses, budget, args.temperature)
 
-    def learn(groups: list[Group], step: int, metrics: dict) -> list[list[int] | None]:
-        """One step on judged groups: contexts, gradients, optimizer, teacher, sampler. → the teacher's prompts."""
-        rollouts = [o for g in groups for o in g.rollouts]
-        prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
-        rewards = torch.tensor([[v.reward for v in g.verdicts] for g in groups])  # [Q, G]
-        lengths = torch.tensor([[float(len(o.response_ids)) for o in g.rollouts] for g in groups])
-        shown = [h for g in groups for h in hinted(g, random.Random(f"{args.seed}/{step}/{g.problem.id}"))]
-        hints, kinds = zip(*shown)
-        signal = torch.tensor([h is not None for h in hints]).view_as(rewards)
-        teacher_prompts = [h or p for h, p in zip(hints, prompts)]  # without a signal: read only for GRPO's share
-        A = rewards - rewards.mean(1, keepdim=True)
+        # update
+        run.phase("update")
+        for part in batch.minibatches(args.minibatches):
+            weight = token_weights(batch.lengths, kept & part, args)
+            for micro in micro_batches(hinted, batch.responses, weight > 0, budget, run.device):
+                seen = [teacher.read(micro) for teacher in teachers]
+                student = micro.with_prompts(batch.prompts, batch.responses)
+                inputs = Inputs(
+                    micro.per_token(weight), micro.per_token(has_context), micro.per_token(A),
+                    micro.concat(batch.sampler_logp), micro.concat(old_logp), micro.rollout,
+                )
+                total, stats = policy(
+                    student, partial(loss, args=args), inputs, seen, teacher_mix=mix,
+                    divergence=divergence(args), temperature=args.temperature,
+                    per_response=args.granularity == "sequence",
+                )
+                total.backward()
+                run.collect(diagnostics(stats, inputs, micro.per_token(batch.rewards)))
+            lr = args.lr * warm_up(step, args.warmup)
+            run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
+        if args.teacher == "ema":  # once per step, after all its updates, as released
+            ema_update(slow, policy, args.teacher_rate)
 
-        sampler.rest()
-        with run.timer("score"):
-            old_logp = None
-            if args.minibatches > 1:  # else π_old is the policy that the update's own forward sees
-                old_logp = [s.logp for s in score(policy, prompts, responses, args.token_budget, args.temperature)]
-
-        with run.timer("update"):
-            collected: dict[str, list[Tensor]] = {}
-            order = torch.randperm(len(groups)) if args.minibatches > 1 else torch.arange(len(groups))
-            for part in order.chunk(args.minibatches):
-                weight = torch.zeros_like(A)
-                weight[part] = token_weights(lengths[part], signal[part] | (args.lam > 0), args)
-                rows = weight.flatten().nonzero().flatten().tolist()
-                for micro in micro_batches(teacher_prompts, responses, rows, args.token_budget, run.device):
-                    with torch.no_grad():
-                        seen = [model(micro, lambda h, w: (h, w)) for model in teachers]
-                    student = micro.behind(prompts, responses)
-                    batch = Tokens(weight=micro.spread(weight.flatten()), signal=micro.spread(signal.flatten()),
-                                   advantage=micro.spread(A.flatten()), rollout=micro.rollout,
-                                   sampler_logp=micro.gather([o.logprobs for o in rollouts]),
-                                   old_logp=None if old_logp is None else micro.gather(old_logp))
-                    total, stats = policy(student, head(student, batch, seen, mix, args))
-                    (total * run.world).backward()  # FSDP averages over ranks; the weights are already global
-                    for name, value in diagnostics(stats, batch, micro.spread(rewards.flatten())).items():
-                        collected.setdefault(name, []).append(value)
-                lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-                optimizer_step(policy, optimizer, lr, args.max_norm, metrics)
-            if args.teacher == "ema":  # once a step, after all its updates, as released
-                blend(slow, policy, args.teacher_rate)
-
-        with run.timer("sync"):
-            sampler.load(full_weights(policy))
-
-        metrics |= {"reward/mean": rewards, "length/mean": lengths, "length/max": lengths, "lr": lr,
-                    "frac_truncated": [o.truncated for o in rollouts], "frac_zero_std": [not g.mixed for g in groups],
-                    **{f"context/{name}": [k == name for k in kinds] for name in ("solution", "feedback", "none")},
-                    **{name: torch.cat(parts) for name, parts in collected.items()}}
-        return hints
-
-    def teacher_accuracy(groups: list[Group], hints: list[list[int] | None]) -> list[float]:
-        """Rewards of the teacher answering from its own context, one response for each rollout with a signal, where a
-        longest one fits."""
-        sampler.load(full_weights(slow if args.teacher in ("ema", "frozen") else policy))
-        shown = [(h, g.problem) for h, g in zip(hints, (g for g in groups for _ in g.rollouts))
-                 if h is not None and len(h) + args.max_tokens <= sampler.context]
-        answers = sampler.sample([h for h, _ in shown], 1, seed=(args.seed, 2),
-                                 keys=range(run.rank, len(shown) * run.world, run.world), max_tokens=args.max_tokens,
-                                 temperature=args.temperature, top_p=args.top_p)
-        sampler.load(full_weights(policy))
-        return [v.reward for v in verifier([p for _, p in shown], [a[0].text for a in answers])]
-
-    if args.test_time:
-
-        def reset() -> None:
-            for model in (policy, *moving.values()):
-                blend(model, start, 1.0)
-            optimizer.state.clear()
-            sampler.load(full_weights(policy))
-
-        def feedback_turn(problems: list[Problem], said: list[list[str]], n: int) -> list[Group]:
-            """Each problem's next attempts, shown the last feedbacks on those before (not the attempts)."""
-            only = replace(args, context="feedback")
-            feedbacks = [as_text(tokenizer, "\n".join(s)) for s in said]
-            shown = [replace(p, messages=context(p, None, feedback, only) or p.messages)
-                     for p, feedback in zip(problems, feedbacks)]
-            return judged_groups(shown, args.group_size, (args.seed, 4, n), range(len(shown)))
-
-        discover(args, run, task.heldout, judged_groups, feedback_turn, learn, reset)
-        return run.finish(sampler, verifier)
-    if args.eval_only:
-        run.log(first_step, evaluate())
-        return run.finish(sampler, verifier)
-
-    for step in run.steps(first_step, args.steps):
-        metrics: dict = evaluate() if step % args.eval_every == 0 else {}
-        groups = explore(step)
-        hints = learn(groups, step, metrics)
-        if step % args.eval_every == 0:
-            with run.timer("evaluate"):
-                metrics["teacher/accuracy"] = teacher_accuracy(groups, hints)
-        if step == first_step and any(hints):
-            i = next(i for i, h in enumerate(hints) if h is not None)
-            o = groups[i // args.group_size].rollouts[i % args.group_size]
-            run.show(tokenizer, o.prompt_ids, o.response_ids, f"teacher's prompt:\n{tokenizer.decode(hints[i])}")
-        run.log(step, metrics, [dict(id=g.problem.id, response=o.text, finish=o.finish_reason, reward=v.reward,
-                                     feedback=v.feedback) for g in groups[:2] for o, v in zip(g.rollouts, g.verdicts)])
-        if run.due(step + 1, args.steps):  # at intervals, at the end, and where SIGTERM asks to stop
-            run.save(step + 1, policy, optimizer, tokenizer, **moving)
-        if run.stopping:
-            return run.finish(sampler, verifier)
-
-    run.log(args.steps, evaluate())
-    run.finish(sampler, verifier)
+        rollouts.sync(policy)
+        if step % args.setup.eval_every == 0:
+            run.collect(rollouts.teacher_accuracy(slow, policy, batch, hinted, has_context))
+        run.collect({f"context/{kind}": [k == kind for k in shown] for kind in KINDS})
+        run.log(batch, hinted)
+    run.finish(rollouts)
 
 
-def head(micro: Micro, batch: Tokens, seen: list[tuple[Tensor, Tensor]], mix: tuple[float, ...], args: Args):
-    """What the policy does with hidden states [T, D] and the head's weight [V, D], given what each of the teacher's
-    models saw at the same tokens: its hidden states [T, D] and its head. → (loss, TokenStats)."""
-    options = dict(teacher_mix=mix, divergence=divergence(args), temperature=args.temperature)
-    teacher = [h for h, _ in seen], [w for _, w in seen]
-
-    def fused(hidden: Tensor, weight: Tensor) -> tuple[Tensor, TokenStats]:
-        if args.granularity == "sequence":  # a mean over whole responses: all tokens' statistics first, then the loss
-            stats = token_stats(hidden, weight, micro.targets, *teacher, **options)
-            return loss(stats, batch, args).sum(), TokenStats(*(x.detach() for x in stats))
-        return head_loss(lambda token, part: loss(token, part, args), hidden, weight, micro.targets, batch, *teacher,
-                         **options)
-
-    return fused
+def teacher_models(slow: Policy, policy: Policy, args: Args) -> tuple[list, tuple]:
+    """The teacher's logits are Σ mix·(logits of a model): → the models, mix (Table 4)."""
+    if args.teacher == "trust_region":
+        return [slow, policy], (1 - args.teacher_rate, args.teacher_rate)
+    return [slow], (1.0,)
 
 
-def diagnostics(token: TokenStats, batch: Tokens, reward: Tensor) -> dict[str, Tensor]:
-    """Per-token metrics of an update [T]; the log takes their mean (or their maximum)."""
-    old_logp = token.logp if batch.old_logp is None else batch.old_logp
-    gap = old_logp - batch.sampler_logp  # log π_old/π_sampler, 0 where sampler and trainer agree
-    near = gap.clamp(max=BOUND)
-    shown = batch.signal == 1
-    return {"entropy": token.entropy, "teacher/entropy": token.teacher_entropy[shown], "kl": token.kl[shown],
-            "kl/right": token.kl[shown & (reward == 1)], "kl/wrong": token.kl[shown & (reward < 1)],
-            "advantage/mean_abs": (token.teacher_logp - token.logp)[shown].abs(),
-            "mismatch/kl": near.expm1() - near, "mismatch/max_abs_dlogp": gap.abs()}
+def check(rollouts: Rollouts, args: Args) -> None:
+    require(
+        args.adv_clip == 0 or (args.kl == "reverse" and args.granularity in ("logit", "token")),
+        "--adv_clip bounds the advantages of --kl reverse with --granularity logit or token",
+    )
+    require(
+        args.kl == "reverse" or args.granularity in ("logit", "token"),
+        f"--granularity {args.granularity} is of the reverse KL: add --kl reverse",
+    )
+    require(
+        args.group_size > 1 or args.context != "solution",
+        "--group_size 1: a response has no sibling whose solution the teacher could see; raise it, "
+        "or take --context either",
+    )
+    if args.context != "feedback":
+        chats = [teacher_chat(problem, "", None, args) for problem in rollouts.task.train]
+        why = " (the teacher reads a sibling's response before the student's)"
+        rollouts.check_lengths(chats, responses=2, why=why)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. test-time self-distillation (§5)
-# ---------------------------------------------------------------------------------------------------------------------
-WINDOW = 4  # different feedbacks that the multi-turn baseline keeps in its prompt, first in first out
+# --------------------------------------------------------------------------------------------------
+# 5. measurements
+# --------------------------------------------------------------------------------------------------
+KINDS = ("solution", "feedback", "none")  # what a teacher's prompt shows
 
 
-def discover(args: Args, run: Run, problems: list[Problem], judged_groups, feedback_turn, learn, reset) -> None:
-    """Learn on one hard problem at a time until an attempt passes; the same budget of attempts goes to best-of-k (the
-    start, again and again) and to multi-turn (the start, with the feedback on its last attempts in the prompt).
-
-    Leaves discovery.json (the attempt that solved each problem, by method and repetition; null: none within the
-    budget) and discovery.png (discovery@k with bootstrap 90 % intervals) in the run's folder.
-    """
-    first = judged_groups(problems, 32, (args.seed, 3), range(len(problems)))
-    rates = [sum(v.reward for v in g.verdicts) for g in first]
-    hard = sorted(range(len(problems)), key=lambda i: (rates[i], i))[: args.questions]
-    trials = [(i, problems[i], s) for i in hard for s in range(args.seeds)]
-    found: dict[str, list[int | None]] = {m: [None] * len(trials) for m in ("SDPO", "best-of-k", "multi-turn")}
-    G, rounds, updates = args.group_size, args.budget // args.group_size, 0
-
-    def keep() -> None:
-        result = {"budget": rounds * G, "problems": [p.id for _, p, _ in trials], "solved_at": found}
-        (run.folder / "discovery.json").write_text(json.dumps(result))
-
-    for n in run.steps(0, len(trials)):
-        i, problem, s = trials[n]
-        reset()
-        tried: list[Group] = []
-        while len(tried) < rounds and first_right(tried) is None:
-            if tried:
-                metrics: dict = {}
-                learn(tried[-1:], len(tried) - 1, metrics)
-                run.log(updates, metrics, [dict(id=problem.id, repetition=s, round=len(tried))])
-                updates += 1
-            tried += judged_groups([problem], G, (args.seed, 5, s, i), range(len(tried), len(tried) + 1))
-        found["SDPO"][n] = first_right(tried)
-        keep()
-        run.due(n + 1)
-        require(not run.stopping, "stopped by SIGTERM: --test_time keeps no checkpoint, so it begins again")
-    reset()
-    for n, (i, problem, s) in enumerate(trials):
-        found["best-of-k"][n] = first_right(judged_groups([problem] * rounds, G, (args.seed, 5, s, i), range(rounds)))
-        keep()
-    said: list[list[str]] = [[] for _ in trials]
-    for turn in range(rounds):
-        open_trials = [n for n in range(len(trials)) if found["multi-turn"][n] is None]
-        groups = feedback_turn([trials[n][1] for n in open_trials], [said[n][-WINDOW:] for n in open_trials], turn)
-        for n, group in zip(open_trials, groups):
-            if right := first_right([group]):
-                found["multi-turn"][n] = turn * G + right
-            for verdict in group.verdicts:
-                if verdict.feedback not in said[n][-WINDOW:]:
-                    said[n].append(verdict.feedback)
-
-    keep()
-    draw_discovery(found, rounds * G, run.folder / "discovery.png")
-    for method, times in found.items():
-        low, mean, high = discovery(times, rounds * G)
-        run.say(f"{method:10s} discovery@{rounds * G} {mean:.2f} (90 %: {low:.2f} to {high:.2f})")
-
-
-def first_right(groups: list[Group]) -> int | None:
-    """The first attempt of the groups that passed, from 1; None where none did."""
-    return next((k for k, v in enumerate((v for g in groups for v in g.verdicts), 1) if v.reward == 1), None)
-
-
-def discovery(times: list[int | None], k: int, draws: int = 2000) -> tuple[float, float, float]:
-    """discovery@k = P(an attempt up to the k-th passes), between the bounds of a bootstrap 90 % interval over trials
-    (with several repetitions of a problem it is too narrow, for they are alike).
-
-    >>> discovery([1, 3, None, 9], k=4)[1]
-    0.5
-    """
-    hits = torch.tensor([float(t is not None and t <= k) for t in times])
-    picks = torch.randint(len(hits), (draws, len(hits)), generator=torch.Generator().manual_seed(0))
-    low, high = hits[picks].mean(1).quantile(torch.tensor([0.05, 0.95])).tolist()
-    return low, hits.mean().item(), high
-
-
-def draw_discovery(found: dict[str, list[int | None]], budget: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    ks = sorted({*(int(2 ** (i / 4)) for i in range(4 * budget.bit_length()) if 2 ** (i / 4) <= budget), budget})
-    figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    for method, times in found.items():
-        low, mean, high = zip(*(discovery(times, k) for k in ks))
-        line, = axis.plot(ks, mean, label=method)
-        axis.fill_between(ks, low, high, alpha=0.15, color=line.get_color())
-    axis.set(xscale="log", xlabel="attempts k", ylabel="discovery@k", ylim=(0, 1), title="test-time self-distillation")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def diagnostics(stats: TokenStats, x: Inputs, reward: Tensor) -> dict[str, Tensor]:
+    """Per-token metrics [T] (docs/metrics.md); the log takes their mean or maximum."""
+    seen = x.has_context == 1
+    old_logp = stats.logp if x.old_logp is None else x.old_logp
+    out = {
+        "entropy": stats.entropy,
+        "teacher/entropy": stats.teacher_entropy[seen],
+        "kl": stats.kl[seen],
+        "kl/right": stats.kl[seen & (reward == 1)],
+        "kl/wrong": stats.kl[seen & (reward < 1)],
+        "advantage/mean_abs": (stats.teacher_logp - stats.logp)[seen].abs(),
+    }
+    return out | mismatch(old_logp, x.sampler_logp)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def execute(command: list[str], folder: Path, threads: int) -> None:
     if (folder / "curves.png").exists() or (folder / "error.txt").exists():
         return
     line = [sys.executable, *command, "--out", str(folder.parent), "--name", folder.name, "--resume", "auto", "--save_every",
-            "1000000", "--keep", "1"]
+            "1000000"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
     said = [row for row in done.stderr.splitlines() if row.startswith("error: ")]
@@ -264,6 +264,9 @@ def one(command: list[str], folder: Path, threads: int, samples: int) -> None:
         return
     if samples:
         pass_at(folder, samples)
+    args = json.loads((folder / "args.json").read_text())
+    if command[0] == "sdzero.py" and args["phase"] != "srt":
+        subprocess.run([sys.executable, "benchmarks/revision.py", str(folder)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     print(f"{folder.parent.name}/{folder.name}: {rows_of(folder)[-1]['heldout/pass@1']:.3f}", flush=True)
 
 

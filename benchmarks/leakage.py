@@ -80,7 +80,7 @@ def probe(args: Args) -> dict:
 
     def logp(problem, answer: str, ids: list[int]) -> torch.Tensor:  # [|y|, V]
         shown = rlsd.Problem(problem.id, problem.messages, as_text(tokenizer, answer))
-        before = chat_ids(tokenizer, rlsd.context(shown, settings))
+        before = chat_ids(tokenizer, rlsd.teacher_chat(shown, settings))
         with torch.no_grad():
             return lm(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1].double().log_softmax(-1)
 

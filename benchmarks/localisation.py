@@ -34,7 +34,9 @@ import tyro
 import hsd
 from common.chat import as_text, chat_ids, load_tokenizer
 from common.policy import load_policy, score
+from common.rollouts import Group
 from common.sampler import HFSampler
+from common.settings import Setup
 from common.tasks import load_task
 from common.verifiers import Verifier
 
@@ -74,7 +76,7 @@ def main(args: Args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.model)
     problems = load_task(args.task, heldout=1, data_dir=args.data_dir).train[: args.questions]
-    sampler, policy = HFSampler(args.model, tokenizer, device), load_policy(args.model, device)
+    sampler, policy = HFSampler(args.model, tokenizer, device), load_policy(args.model, device, Setup())
     prompts = [chat_ids(tokenizer, p.messages) for p in problems]
     groups = sampler.sample(prompts, args.group_size, seed=(args.seed,), keys=range(len(prompts)),
                             max_tokens=args.max_tokens)
@@ -84,8 +86,9 @@ def main(args: Args) -> None:
 
     cases = []  # failed responses with a peer
     for q, (problem, group) in enumerate(zip(problems, groups)):
-        R = [v.reward for v in verdicts[q * args.group_size : (q + 1) * args.group_size]]
-        peers = hsd.choose_peers(R, [len(o.response_ids) for o in group], [0.0] * len(R), "uniform", random.Random(q))
+        judged = verdicts[q * args.group_size : (q + 1) * args.group_size]
+        R, rng, whole = [v.reward for v in judged], random.Random(q), Group(problem, group, judged)
+        peers = [hsd.choose_peer(whole, i, "uniform", rng) for i in range(len(R))]
         for o, r, j in zip(group, R, peers):
             if r < 1 and j is not None:
                 tau = hsd.divergence_point(o.response_ids, group[j].response_ids)
@@ -94,7 +97,7 @@ def main(args: Args) -> None:
                     cases.append((problem, o, group[j], tau, sum(R) / len(R), (r - sum(R) / len(R)) / spread))
     cases = cases[: args.failures]
     responses = [o.response_ids for _, o, _, _, _, _ in cases]
-    read = lambda before: [s.logp for s in score(policy, before, responses, args.token_budget)]
+    read = lambda before: score(policy, before, responses, args.token_budget)
     plain = read([o.prompt_ids for _, o, _, _, _, _ in cases])
     credit: dict[str, list[torch.Tensor]] = {}
     for kind in ("peer", "answer", "solution"):
@@ -102,7 +105,7 @@ def main(args: Args) -> None:
             continue
         settings = hsd.Args(context=kind)
         peers = [as_text(tokenizer, peer.text) for _, _, peer, *_ in cases]
-        shown = [chat_ids(tokenizer, hsd.context(p, peer, settings)) for (p, *_), peer in zip(cases, peers)]
+        shown = [chat_ids(tokenizer, hsd.teacher_chat(p, peer, settings)) for (p, *_), peer in zip(cases, peers)]
         credit[kind] = [(a - b).cpu() for a, b in zip(read(shown), plain)]
     credit["hybrid"] = [0.5 * a + 0.5 * case[5] for a, case in zip(credit["answer"], cases)]
 
@@ -114,7 +117,7 @@ def main(args: Args) -> None:
               else torch.cuda.get_device_name(), "failures": len(cases), "median_tau": sorted(taus)[len(taus) // 2],
               "mean_length": sum(map(len, responses)) / len(responses), "kinds": {}}
     for kind, values in credit.items():
-        found = [hsd.localisation(a, tau) for a, tau in zip(values, taus)]
+        found = [localisation(a, tau) for a, tau in zip(values, taus)]
         mean = lambda name, rows: sum(r[name] for r in rows if name in r) / max(1, sum(name in r for r in rows))
         bins = {b: [f for f, p in zip(found, rates) if keep(p)] for b, keep in
                 (("easy", lambda p: p > 0.5), ("medium", lambda p: 0.2 <= p <= 0.5), ("hard", lambda p: p < 0.2))}
@@ -130,6 +133,27 @@ def main(args: Args) -> None:
     draw(result, folder / f"{args.name}.png")
     print(table(result))
     dist.destroy_process_group()
+
+
+def localisation(credit: torch.Tensor, tau: int) -> dict[str, float]:
+    """How |A_t| (Eq. 2; credit [|o|], nats) of one response is spread about τ (§5.3, App. E.3, Table 5).
+
+    mass/w8 is the share of the whole response's |A| that lies within 8 tokens of τ; mass50/w8 the share of what lies
+    within 50 tokens of τ: the paper does not state its denominator, and its own numbers fit the second.
+    If teacher and student agree at all of these tokens, the share has no entry.
+    """
+    size = credit.abs()
+    offset = (torch.arange(len(size)) - tau).abs()
+    total, near = size.sum(), size[offset <= 50].sum()
+    out = {"credit/at_tau": size[tau], "credit/before_tau": size[:tau].mean() if tau else None,
+           "credit/after_tau": size[tau + 1 :].mean() if tau + 1 < len(size) else None}
+    for w in (2, 4, 8, 16, 32):
+        inside = size[offset <= w].sum()
+        if total > 0:
+            out[f"mass/w{w}"] = inside / total
+        if near > 0:
+            out[f"mass50/w{w}"] = inside / near
+    return {name: float(value) for name, value in out.items() if value is not None}
 
 
 def by_offset(credit: list[torch.Tensor], taus: list[int], before: int = 30, after: int = 50) -> list[list[float]]:

@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 RUNS = {
     "all weights": [],
-    "all weights, bf16 moments": ["--optimizer_state", "bf16"],
     "all weights, checkpointing": ["--checkpointing"],
     "LoRA of rank 16": ["--lora_rank", "16"],
     "LoRA of rank 16, checkpointing": ["--lora_rank", "16", "--checkpointing"],
@@ -105,7 +104,7 @@ QWEN3 = {
 }
 MACHINES = {"1 × 24 GB": (1, 24e9), "1 × 80 GB": (1, 80e9), "8 × 80 GB": (8, 80e9), "8 × 141 GB": (8, 141e9)}
 STATES = {  # from the least compromise to the most; all with a frozen teacher or a reference beside the policy
-    "": {}, "--optimizer_state bf16": dict(moments=4), "--optimizer_state offload": dict(moments=0),
+    "": {},
     "--lora_rank 32": dict(rank=32, base=2),
 }
 BATCHES = {"": dict(), "--sampler_rows 8 --token_budget 4096": dict(rows=8, tokens=4096)}  # the first: 32 and 8192
@@ -182,9 +181,8 @@ def main(args: Args) -> None:
     rows = {}
     for name, flags in [run for _ in range(args.rounds) for run in RUNS.items()]:
         rank = 16 if "--lora_rank" in flags else 0
-        moments = 4 if "bf16" in flags else 8
         row = rows.setdefault(name, {"flags": " ".join(flags), "peak_gib": []})
-        row["arithmetic_gib"] = (states(model, rank=rank, moments=moments, copies=1) + 4 * model.parameters) / GIB
+        row["arithmetic_gib"] = (states(model, rank=rank, copies=1) + 4 * model.parameters) / GIB
         row["peak_gib"].append(peak(args, flags))
         print(f"{name:36s} {row['peak_gib'][-1]:.2f} GiB, arithmetic {row['arithmetic_gib']:.2f}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -8,10 +8,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sdpo
-from common.run import parse
+from common.settings import parse
 
-siblings = sdpo.choose_siblings
-sdpo.choose_siblings = lambda rewards, rng: [i if rewards[i] == 1 else other for i, other in enumerate(siblings(rewards, rng))]
+sibling = sdpo.choose_sibling
+
+
+def own_first(group, i, rng):
+    other = sibling(group, i, rng)  # draws its random number in any case
+    return i if group.verdicts[i].reward == 1 else other
+
+
+sdpo.choose_sibling = own_first
 
 if __name__ == "__main__":
     sdpo.main(parse(sdpo.Args, sdpo.presets))

@@ -14,7 +14,10 @@ def require(condition: object, message: str) -> None:
 
 def check_hub(flag: str, name: str, kind: str, cached: str | Path | None) -> None:
     """End in one line if the hub has no model or dataset `name`. That takes one request; the
-    libraries that load it try six times in half a minute. cached: where this machine may have it."""
+    libraries that load it try six times in half a minute.
+
+    cached: where this machine may have it.
+    """
     if hub.is_offline_mode() or (cached and os.path.exists(cached)):
         return  # the libraries find it, or say why they do not, without the hub
     try:

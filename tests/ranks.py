@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 import grpo
-from common.run import parse
+from common.settings import parse
 
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["ranks"])

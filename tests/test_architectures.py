@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,20 +25,19 @@ import grpo
 from common import architecture
 from common.architecture import check_architecture, empty_lm, saved_buffers
 from common.chat import load_tokenizer
+from common.microbatches import micro_batches
 from common.policy import (
     Policy,
     full_weights,
     load_policy,
     make_optimizer,
-    micro_batches,
-    moved,
     optimizer_step,
     save_model,
     score,
+    trained_parameters,
 )
-from common.run import parse
 from common.sampler import HFSampler
-from kernels.head import token_stats
+from common.settings import Setup, parse
 
 CPU = torch.device("cpu")
 WINDOW = 6  # tokens; all prompts are longer
@@ -205,7 +205,7 @@ class Case:
     responses: list = field(default_factory=list)
 
     def scores(self, policy) -> torch.Tensor:
-        return torch.cat([s.logp for s in score(policy, self.prompts, self.responses, 10**6)])
+        return torch.cat(score(policy, self.prompts, self.responses, 10**6))
 
     def references(self, lm) -> torch.Tensor:
         pairs = zip(self.prompts, self.responses)
@@ -215,13 +215,12 @@ class Case:
         """Log-probabilities and gradients of one batch, with prompts shared or not."""
         policy.zero_grad()
         found = [None] * len(self.prompts)
-        everything = range(len(self.prompts))
-        for m in micro_batches(self.prompts, self.responses, everything, 10**6, CPU, share):
-            stats = policy(m, lambda h, w: token_stats(h, w, m.targets))
-            (-stats.logp.sum()).backward()
-            for row, logp in zip(m.rows, stats.logp.detach().split(m.lengths)):
+        for m in micro_batches(self.prompts, self.responses, None, 10**6, CPU, share):
+            total, stats = policy(m, lambda stats, _: -stats.logp)
+            total.backward()
+            for row, logp in zip(m.rows, stats.logp.split(m.lengths)):
                 found[row] = logp
-        grads = [p.grad.full_tensor() for p in moved(policy) if p.grad is not None]
+        grads = [p.grad.full_tensor() for p in trained_parameters(policy) if p.grad is not None]
         return torch.cat(found), grads
 
 
@@ -238,11 +237,10 @@ def sampled(sampler, seed: int, gap_to) -> Case:
 
 def step(policy, case: Case) -> None:
     """One update that moves the log-probabilities."""
-    optimizer = make_optimizer(policy, "fp32", lr=3e-3)
+    optimizer = make_optimizer(policy, SimpleNamespace(lr=3e-3, weight_decay=0.0))
     before, _ = case.update(policy)
-    metrics: dict = {}
-    optimizer_step(policy, optimizer, 3e-3, 1.0, metrics)
-    assert metrics["grad_norm"] > 0
+    metrics = optimizer_step(policy, optimizer, 3e-3, 1.0)
+    assert metrics["grad_norm"][0] > 0
     assert (case.scores(policy) - before).abs().max() > 1e-3
 
 
@@ -267,7 +265,7 @@ def test_an_architecture_trains_right_or_is_refused(family, tmp_path, one_proces
         with pytest.raises(SystemExit, match=family.refused):
             check_architecture(empty_lm(path), path)
         with pytest.raises(SystemExit, match=family.refused):
-            load_policy(path, CPU)
+            load_policy(path, CPU, Setup())
         return
     check_architecture(empty_lm(path), path, share_prompts=family.shares)
     if not family.shares:
@@ -277,7 +275,7 @@ def test_an_architecture_trains_right_or_is_refused(family, tmp_path, one_proces
         with pytest.raises(SystemExit, match="--sampler hf"):
             check_architecture(empty_lm(path), path, sampler="hf")
         return
-    policy = load_policy(path, CPU, share_prompts=family.shares)
+    policy = load_policy(path, CPU, Setup(), share_prompts=family.shares)
     sampler = HFSampler(path, load_tokenizer(CHAIN), CPU)
     sampler.ends = [*range(30, 40)]  # some rows end early and leave the batch
     case = sampled(sampler, 1, policy)
@@ -288,9 +286,9 @@ def test_an_architecture_trains_right_or_is_refused(family, tmp_path, one_proces
     step(policy, case)
     leaves_whole(policy, sampler, case, tmp_path / "saved")
 
-    lora = load_policy(path, CPU, lora_rank=2, lora_alpha=3)
+    lora = load_policy(path, CPU, Setup(lora_rank=2, lora_alpha=3))
     torch.manual_seed(1)
-    for p in moved(lora):
+    for p in trained_parameters(lora):
         p.data += 0.1 * torch.randn_like(p)
     step(lora, case)
     leaves_whole(lora, sampler, case, tmp_path / "adapted")
@@ -323,7 +321,7 @@ def test_a_generation_config_that_cannot_be_saved_is_mended_at_start(tmp_path, o
     edit(path, "generation_config.json", temperature=0.6, top_p=0.95)
     with pytest.raises(ValueError):
         GenerationConfig.from_pretrained(path).save_pretrained(tmp_path / "other")
-    save_model(load_policy(path, CPU), tmp_path / "saved", CPU)
+    save_model(load_policy(path, CPU, Setup()), tmp_path / "saved", CPU)
     saved = GenerationConfig.from_pretrained(tmp_path / "saved")
     assert (saved.temperature, saved.top_p, saved.do_sample) == (0.6, 0.95, True)
 
@@ -332,7 +330,7 @@ def test_a_checkpoint_that_could_not_be_saved_again_ends_at_start(tmp_path, one_
     path = random_model(family("llama"), tmp_path / "model")
     edit(path, "generation_config.json", num_beams=1, early_stopping=True)
     with pytest.raises(SystemExit, match="could not be saved again"):
-        load_policy(path, CPU)
+        load_policy(path, CPU, Setup())
 
 
 def test_weights_that_are_not_in_the_checkpoint_are_not_made_up(tmp_path, one_process):
@@ -342,20 +340,20 @@ def test_weights_that_are_not_in_the_checkpoint_are_not_made_up(tmp_path, one_pr
     del weights["lm_head.weight"]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(SystemExit, match=r"1 weights are not in the checkpoint \(lm_head.weight"):
-        load_policy(path, CPU)
+        load_policy(path, CPU, Setup())
 
 
 def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path, one_process):
     path = random_model(family("llama"), tmp_path / "model")
     edit(path, "config.json", tie_word_embeddings=True)
     with pytest.raises(SystemExit, match="two different matrices"):
-        load_policy(path, CPU)
+        load_policy(path, CPU, Setup())
 
 
 def test_quantized_weights_are_refused(tmp_path):
     path = random_model(family("llama"), tmp_path / "model")
     edit(path, "config.json", quantization_config={"quant_method": "fp8"})
-    for load in (empty_lm, lambda path: load_policy(path, CPU)):
+    for load in (empty_lm, lambda path: load_policy(path, CPU, Setup())):
         with pytest.raises(SystemExit, match="quantized"):
             load(path)
 
@@ -364,7 +362,7 @@ def test_attention_to_later_tokens_is_refused(tmp_path):
     path = random_model(family("gemma3_text"), tmp_path / "model")
     edit(path, "config.json", use_bidirectional_attention=True)
     for load in (lambda path: check_architecture(empty_lm(path), path),
-                 lambda path: load_policy(path, CPU)):
+                 lambda path: load_policy(path, CPU, Setup())):
         with pytest.raises(SystemExit, match=DECODER):
             load(path)
 
@@ -410,7 +408,7 @@ def test_checkpointing_drops_nothing_out(tmp_path, one_process):
     case = Case([[3, 4, 5], [6, 7]], [[8, 9], [10, 11, 12]])
     found = []
     for checkpointing in (False, True):
-        policy = load_policy(path, CPU, checkpointing=checkpointing)
+        policy = load_policy(path, CPU, Setup(checkpointing=checkpointing))
         found.append([case.update(policy) for _ in range(2)])
     layers = [m for m in policy.modules() if getattr(m, "gradient_checkpointing", False)]
     assert any(layer.training for layer in layers)
@@ -422,7 +420,7 @@ def test_checkpointing_drops_nothing_out(tmp_path, one_process):
 
 def test_the_config_of_a_checkpoint_names_the_precision_of_its_weights(tmp_path, one_process):
     path = random_model(family("glm4_moe"), tmp_path / "model")
-    policy = load_policy(path, CPU)
+    policy = load_policy(path, CPU, Setup())
     save_model(policy, tmp_path / "saved", torch.device("cuda"))  # the weights stay on the CPU
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert AutoConfig.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compare
-from common.run import parse
+from common.settings import parse
 
 
 def names(*grids: str) -> list[str]:

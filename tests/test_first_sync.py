@@ -1,11 +1,17 @@
 """Before the first step the sampler's log-probabilities are compared with the policy's."""
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import CHAIN, torchrun
+import torch.distributed as dist
+from conftest import CHAIN
+from ranks import finish, launch
 
 from common.chat import chat_ids, load_tokenizer
 from common.policy import load_policy
-from common.sampler import HFSampler, first_sync
+from common.rollouts import first_sync
+from common.sampler import HFSampler
+from common.settings import Setup
 
 CPU = torch.device("cpu")
 CHAT = [{"role": "user", "content": "3 + 4 = ?"}]
@@ -15,7 +21,7 @@ CHAT = [{"role": "user", "content": "3 + 4 = ?"}]
 def moved_policy():
     """The embedded model, and not: what is sampled from the file's weights is not from this one."""
     torch.manual_seed(0)
-    policy = load_policy(CHAIN, CPU)
+    policy = load_policy(CHAIN, CPU, Setup())
     for p in policy.parameters():
         p.to_local().add_(0.02 * torch.randn_like(p.to_local()))
     return policy
@@ -52,27 +58,21 @@ def test_a_sampler_whose_numbers_are_nan_ends_the_run(one_process, monkeypatch):
         first_sync(sampler, moved_policy(), chat_ids(tokenizer, CHAT))
 
 
-ONE_OF_TWO = """
-import sys
-import torch.distributed as dist
-sys.path.insert(0, "tests")
-from test_first_sync import *
-dist.init_process_group("gloo")
-rank, tokenizer = dist.get_rank(), load_tokenizer(CHAIN)
-sampler = HFSampler(CHAIN, tokenizer, CPU)
-if rank == 1:  # takes part in the gathering, takes nothing
-    sampler.load = list
-try:
-    first_sync(sampler, moved_policy(), chat_ids(tokenizer, CHAT))
-    print("went on", file=open(f"{sys.argv[1]}/{rank}", "w"))
-except SystemExit as end:
-    print(end, file=open(f"{sys.argv[1]}/{rank}", "w"))
-dist.destroy_process_group()
-"""
+def one_of_two(folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank, tokenizer = dist.get_rank(), load_tokenizer(CHAIN)
+    sampler = HFSampler(CHAIN, tokenizer, CPU)
+    if rank == 1:  # takes part in the gathering, takes nothing
+        sampler.load = list
+    try:
+        first_sync(sampler, moved_policy(), chat_ids(tokenizer, CHAT))
+        said = "went on"
+    except SystemExit as end:
+        said = str(end)
+    Path(f"{folder}/{rank}").write_text(said)
+    dist.destroy_process_group()
 
 
 def test_where_one_rank_fails_all_end(tmp_path):
-    script = tmp_path / "one_of_two.py"
-    script.write_text(ONE_OF_TWO)
-    torchrun(2, str(script), str(tmp_path))
+    finish(launch(2, tmp_path / "log", one_of_two, str(tmp_path)), tmp_path / "log")
     assert all("nats per token" in (tmp_path / str(rank)).read_text() for rank in range(2))

@@ -1,10 +1,12 @@
 """grpo.py's formulas against float64 brute force: full logits, plain loops over responses and tokens."""
 import json
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAIN
+from conftest import CHAIN, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import metrics, weights
@@ -14,11 +16,12 @@ import hsd
 import rlsd
 import sdpo
 import sdzero
-from common.policy import optimizer_step
-from common.run import parse
+from common.policy import bounded_exp, optimizer_step
+from common.rollouts import Batch, Group
+from common.settings import parse
 from common.tasks import Problem, load_task, take
 from common.verifiers import Verdict
-from kernels.head import TokenStats, head_loss, token_stats
+from kernels.head import TokenStats
 
 V, D = 11, 5
 
@@ -89,17 +92,13 @@ def ours(b: dict, args: grpo.Args, updates_before: bool, kept):
     A = grpo.advantages(b["rewards"], args.std)
     w = grpo.token_weights(b["lengths"], torch.tensor(kept), args)
     each = b["lengths"].flatten()
-    spread = lambda x: x.flatten().double().repeat_interleave(each)
-    batch = grpo.Tokens(advantage=spread(A), weight=spread(w), sampler_logp=b["base"] + b["sampler"],
-                        old_logp=b["base"] + b["old"] if updates_before else None,
-                        ref_logp=b["base"] + b["ref"] if args.beta > 0 else None,
-                        rollout=torch.arange(len(each)).repeat_interleave(each))
-    if args.loss == "gspo":
-        stats = token_stats(hidden, weight, b["targets"], temperature=args.temperature)
-        total = grpo.loss(stats, batch, args).sum()
-    else:
-        total, _ = head_loss(lambda s, c: grpo.loss(s, c, args), hidden, weight, b["targets"], batch,
-                             temperature=args.temperature)
+    per_token = lambda x: x.flatten().double().repeat_interleave(each)
+    inputs = grpo.Inputs(advantage=per_token(A), weight=per_token(w), sampler_logp=b["base"] + b["sampler"],
+                         old_logp=b["base"] + b["old"] if updates_before else None,
+                         ref_logp=b["base"] + b["ref"] if args.beta > 0 else None,
+                         rollout=torch.arange(len(each)).repeat_interleave(each))
+    total, _ = policy_loss(hidden, weight, b["targets"], partial(grpo.loss, args=args), inputs,
+                           temperature=args.temperature, per_response=args.loss == "gspo")
     total.backward()
     return total.detach(), hidden.grad, weight.grad
 
@@ -159,7 +158,7 @@ def test_advantages_of_equal_rewards_that_rounding_could_split():
 @given(st.floats(0, 30_000))
 @settings(deadline=None)
 def test_overlong_punishment_is_the_papers_three_pieces(length):
-    args = grpo.Args(max_tokens=20480, overlong_cache=4096)
+    args = grpo.Args(max_tokens=20480)
     got = grpo.shaped_rewards(torch.ones(1), torch.tensor([length]), args).item() - 1  # a right one has a reward of 1
     wrong = grpo.shaped_rewards(torch.zeros(1), torch.tensor([length]), args).item() + 1  # a wrong one of −1
     assert wrong == pytest.approx(got, abs=1e-6)
@@ -186,12 +185,12 @@ def test_the_share_of_clipped_tokens_is_of_those_without_gradient(name, one_proc
     stats = TokenStats(*[logp.detach()] * len(TokenStats._fields))._replace(logp=logp)
     if name == "rlsd":
         args = rlsd.Args(tis=0.0, dual_clip=1.5)
-        batch = rlsd.Tokens(A, torch.ones(T), old, old, None, None)
-        total, found = rlsd.loss(stats, batch, 0.0, args), rlsd.diagnostics(stats, batch, 0.0, args)["clip_frac"]
+        inputs = rlsd.Inputs(A, torch.ones(T), old, old, None)
+        total, found = rlsd.loss(stats, inputs, 0.0, args), rlsd.diagnostics(stats, inputs, 0.0, args)["clip_frac"]
     else:
         args = grpo.Args(loss=name, tis=0.0, beta=0.0, **{k: v for k, v in grpo.VARIANTS[name].items() if "clip" in k})
-        batch = grpo.Tokens(A, torch.ones(T), old, old, None, torch.arange(4).repeat_interleave(lengths))
-        total, found = grpo.loss(stats, batch, args), grpo.diagnostics(stats, batch, args)["clip_frac"]
+        inputs = grpo.Inputs(A, torch.ones(T), old, old, None, torch.arange(4).repeat_interleave(lengths))
+        total, found = grpo.loss(stats, inputs, args), grpo.diagnostics(stats, inputs, args)["clip_frac"]
     grad, = torch.autograd.grad(total.sum(), logp)
     expected = log_ratio.exp() > 1.2 if name == "cispo" else grad == 0
     assert torch.equal(found.bool(), expected) and 0 < found.mean() < 1
@@ -231,11 +230,11 @@ def loss_at(name: str, logp: torch.Tensor, A: float, sampler=None, teacher=None,
         sampler = zeros
     if name == "rlsd":
         args = rlsd.Args(**flags)
-        batch = rlsd.Tokens(A * one, one, sampler, zeros, teacher, None)
-        return rlsd.loss(stats_of(logp), batch, 1.0, args), args
+        inputs = rlsd.Inputs(A * one, one, sampler, zeros, teacher)
+        return rlsd.loss(stats_of(logp), inputs, 1.0, args), args
     args = grpo.Args(**{**grpo.VARIANTS[name], "loss": name, **flags})
-    batch = grpo.Tokens(A * one, one, sampler, zeros, None, torch.arange(len(logp)))
-    return grpo.loss(stats_of(logp), batch, args), args
+    inputs = grpo.Inputs(A * one, one, sampler, zeros, None, torch.arange(len(logp)))
+    return grpo.loss(stats_of(logp), inputs, args), args
 
 
 @pytest.mark.parametrize("A", [1.0, -1.0, 0.0])
@@ -264,14 +263,14 @@ def test_no_log_ratio_overflows_the_loss_or_its_gradient(name, A):
 def test_the_bounded_exponential_is_smooth_and_never_flat():
     """Its slope is continuous and does not fall, and its differences are the slope's integral."""
     x = torch.linspace(15, 25, 1001, dtype=torch.float64, requires_grad=True)
-    y = grpo.bounded_exp(x)
+    y = bounded_exp(x)
     slope, = torch.autograd.grad(y.sum(), x)
     assert (y.diff() > 0).all() and (slope.diff() >= 0).all()
     assert slope.max().item() == pytest.approx(math.exp(20))
     between = (slope[1:] + slope[:-1]) / 2
     torch.testing.assert_close(y.diff(), between * x.diff(), rtol=1e-4, atol=0)
     inside = x[x <= 20]
-    assert torch.equal(grpo.bounded_exp(inside), inside.exp())
+    assert torch.equal(bounded_exp(inside), inside.exp())
 
 
 def test_no_log_ratio_overflows_the_penalty_or_its_gradient():
@@ -316,16 +315,16 @@ def diagnostics_of(name: str, old: torch.Tensor | None) -> dict[str, torch.Tenso
     one, zeros = torch.ones_like(RATIOS), torch.zeros_like(RATIOS)
     token = stats_of(RATIOS, teacher_logp=-RATIOS)
     if name == "sdzero":
-        return sdzero.diagnostics(token, one, RATIOS)
+        return sdzero.diagnostics(token, one, zeros)
     if name == "hsd":
-        return hsd.diagnostics(token, hsd.Tokens(one, one, one, zeros, zeros))
+        return hsd.diagnostics(token, hsd.Inputs(one, one, one, zeros, zeros))
     if name == "sdpo":
-        return sdpo.diagnostics(token, sdpo.Tokens(one, one, one, zeros, old, zeros.long()), one)
+        return sdpo.diagnostics(token, sdpo.Inputs(one, one, one, zeros, old, zeros.long()), one)
     if name == "rlsd":
         args = rlsd.Args(tis=0.0, dual_clip=3.0)
-        return rlsd.diagnostics(token, rlsd.Tokens(one, one, zeros, old, zeros, None), 0.5, args)
-    batch = grpo.Tokens(one, one, zeros, old, zeros, torch.arange(len(one)))
-    return grpo.diagnostics(token, batch, grpo.Args(loss=name, tis=0.0))
+        return rlsd.diagnostics(token, rlsd.Inputs(one, one, zeros, old, zeros), 0.5, args)
+    inputs = grpo.Inputs(one, one, zeros, old, zeros, torch.arange(len(one)))
+    return grpo.diagnostics(token, inputs, grpo.Args(loss=name, tis=0.0))
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rlsd", "sdpo", "hsd", "sdzero"])
@@ -351,16 +350,15 @@ def test_an_update_without_a_gradient_moves_nothing(gradient):
     def state() -> list[torch.Tensor]:
         return [layer.weight.clone(), *map(torch.clone, optimizer.state[layer.weight].values())]
 
-    log: dict = {}
     layer(torch.ones(1, 3)).sum().backward()
-    optimizer_step(layer, optimizer, 0.1, 1.0, log)
-    assert log["grad_norm"] > 0 and log["empty_updates"] == 0
+    log = optimizer_step(layer, optimizer, 0.1, 1.0)
+    assert log["grad_norm"][0] > 0 and log["empty_updates"] == [0]
     before = state()
     if gradient is not None:
         for p in layer.parameters():
             p.grad = torch.full_like(p, gradient)
-    optimizer_step(layer, optimizer, 0.1, 1.0, log)
-    assert (log["grad_norm"], log["empty_updates"], log["skipped_updates"]) == (0, 1, 0)
+    log = optimizer_step(layer, optimizer, 0.1, 1.0)
+    assert (log["grad_norm"], log["empty_updates"], log["skipped_updates"]) == ([0], [1], [0])
     assert all(torch.equal(a, b) for a, b in zip(before, state()))
 
 
@@ -381,23 +379,33 @@ def test_a_step_whose_every_response_is_cut_off_leaves_the_weights_alone(tmp_pat
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("mixed, share, chosen", [
-    ("-+-+", 4, [0, 1, 2, 3]), ("-+-++", 3, [1, 3, 4]),
-    ("-+-+", 3, [0, 1, 3])])  # an equal group fills the share
-def test_groups_keep_the_order_of_their_questions(mixed, share, chosen):
-    groups = []
-    for i, sign in enumerate(mixed):
-        verdicts = [Verdict(1.0), Verdict(float(sign == "-"))]
-        groups.append(grpo.Group(Problem(str(i), []), [], verdicts))
-    assert [int(g.problem.id) for g in grpo.choose_groups(groups, share)] == chosen
+@pytest.mark.parametrize("rounds, chosen", [
+    (["-+-+"], [0, 1, 2, 3]), (["-+-", "++-"], [1, 3, 4]), (["-+-", "+--"], [0, 1, 3]),  # an equal group fills the share
+    (["+++", "unused"], [0, 1, 2])])
+def test_groups_keep_the_order_of_their_questions(rounds, chosen):
+    """A sign per group of a round: + if its rewards are mixed."""
+    asked = []
+
+    def sample(step: int) -> Batch:
+        asked.append(step)
+        signs, first = rounds[len(asked) - 1], sum(map(len, rounds[: len(asked) - 1]))
+        groups = []
+        for i, sign in enumerate(signs, first):
+            groups.append(Group(Problem(str(i), []), [], [Verdict(1.0), Verdict(float(sign == "-"))]))
+        return Batch(groups)
+
+    args = grpo.Args(dynamic_sampling=len(rounds) - 1)
+    batch = grpo.sample(SimpleNamespace(sample=sample), 5, args)
+    assert [int(group.problem.id) for group in batch.groups] == chosen
+    assert asked == [5 * len(rounds) + k for k in range(len(asked))]  # no two steps ask the same questions
 
 
 def test_the_log_shows_the_first_questions_of_a_step(tmp_path):
-    run(tmp_path, "--name", "r", "--batch_size", "16", "--max_tokens", "64", "--steps", "3")
+    run(tmp_path, "--name", "r", "--batch_size", "16", "--max_tokens", "8", "--steps", "2")
     train = load_task("chain", heldout=4).train
     lines = (tmp_path / "r" / "rollouts.jsonl").read_text().splitlines()
     shown: dict[int, dict[str, None]] = {}
     for row in map(json.loads, lines):
         shown.setdefault(row["step"], {})[row["id"]] = None
-    for step in range(3):
+    for step in range(2):
         assert list(shown[step]) == [p.id for p in take(train, 0, step * 16, 2)]

@@ -1,36 +1,75 @@
-"""The rules of the house that a machine can hold: size, arrows, no workplace, no copy that drifts."""
+"""The rules of the house that a machine can hold: how the text reads, arrows, no workplace, no copy that drifts."""
 import ast
-import io
 import re
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
+import text_rules
 from conftest import ROOT
 
 ALGORITHMS = [f for f in ("grpo", "sdpo", "rlsd", "sdzero", "hsd") if (ROOT / f"{f}.py").exists()]
 
 
-def code_lines(path: Path) -> int:
-    """Lines that hold code: no blanks, comments or docstrings."""
-    text, lines = path.read_text(), set()
-    quiet = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in quiet:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            lines -= set(range(node.lineno, node.end_lineno + 1))
-    return len(lines)
+MOST = {  # of what tests/text_rules.py counts, in a method file and in common/
+    "mean": 11.0, "p90": 22, "most": 34, "columns": 100, "longest": 60, "nested": 0, "depth": 5, "conditionals": 0,
+}
+METHOD_TOKENS, SDZERO_TOKENS = 3000, 4500
+ROOMS = {  # place → its files, and their tokens at most
+    "common/": (["run", "settings", "checkpoints", "log", "rollouts", "policy", "microbatches", "sampler"], 16_500),
+    "common/, checks of checkpoints": (["chat", "architecture"], 4_500),
+    "kernels/": (["head", "divergence", "rows_torch", "rows_triton", "reference"], 10_000),
+}
+OPEN = {  # what is still above its limit, and by how much at most: may only shrink
+    "rlsd.py": {"mean": 11.04},
+    "common/microbatches.py": {"mean": 12.31, "p90": 23},
+    "common/sampler.py": {"mean": 11.77},
+    "common/sandbox.py": {"mean": 11.26, "p90": 26, "most": 36, "columns": 120, "conditionals": 3},
+    "common/sandbox_child.py": {"most": 37, "columns": 119, "conditionals": 1},
+    "common/tasks.py": {"mean": 13.94, "p90": 26, "most": 37, "columns": 120, "conditionals": 2},
+    "common/verifiers.py": {"p90": 23, "most": 36, "columns": 120, "conditionals": 2},
+}
 
 
-@pytest.mark.parametrize("place, budget", [*((f"{a}.py", 450) for a in ALGORITHMS), ("common", 1500), ("kernels", 700)])
-def test_every_file_keeps_its_budget(place, budget):
-    path = ROOT / place
-    total = sum(map(code_lines, path.glob("**/*.py"))) if path.is_dir() else code_lines(path)
-    assert 0 < total <= budget, f"{place} has {total} code lines; its budget is {budget}"
+def problems_of(path: Path) -> list[str]:
+    """The rules of the text that a file breaks."""
+    reading = text_rules.read(path)._asdict()
+    exceptions = OPEN.get(str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else "", {})
+    return [f"{path.name}: {rule} {reading[rule]:.4g}, at most {exceptions.get(rule, most)}"
+            for rule, most in MOST.items() if reading[rule] > exceptions.get(rule, most)]
+
+
+@pytest.mark.parametrize("path", [*(ROOT / f"{a}.py" for a in ALGORITHMS), *sorted((ROOT / "common").rglob("*.py"))],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_reads_at_the_fields_density(path):
+    assert problems_of(path) == []
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_method_keeps_its_token_budget(name):
+    budget = SDZERO_TOKENS if name == "sdzero" else METHOD_TOKENS
+    assert 0 < text_rules.read(ROOT / f"{name}.py").tokens <= budget
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_keeps_its_token_budget(room):
+    files, budget = ROOMS[room]
+    place = ROOT / room.split("/")[0]
+    tokens = sum(text_rules.read(place / f"{name}.py").tokens for name in files)
+    assert tokens <= budget, f"{room} has {tokens} tokens; its budget is {budget}"
+
+
+def test_a_student_meets_grpo_by_line_120_and_the_loop_by_line_220():
+    lines = (ROOT / "grpo.py").read_text().splitlines()
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith("def advantages")) <= 120
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith("    for step in")) <= 220
+
+
+def test_rules_that_are_no_longer_broken_are_no_exceptions():
+    for place, rules in OPEN.items():
+        reading = text_rules.read(ROOT / place)._asdict()
+        assert all(reading[rule] > MOST[rule] for rule in rules), place
 
 
 def imports(path: Path) -> set[str]:
@@ -47,7 +86,7 @@ def test_arrows_point_one_way():
     """Algorithm file → common → kernels; no algorithm file imports another; kernels know only tensors."""
     for name in ALGORITHMS:
         assert not imports(ROOT / f"{name}.py") & (set(ALGORITHMS) - {name})
-    for path in (ROOT / "common").glob("*.py"):
+    for path in (ROOT / "common").rglob("*.py"):
         assert not imports(path) & {*ALGORITHMS, "benchmarks"}
     for path in (ROOT / "kernels").glob("*.py"):
         assert imports(path) <= {*sys.stdlib_module_names, "kernels", "torch", "triton"}, path
@@ -78,35 +117,20 @@ def test_sections_stand_in_the_same_order(name):
     banners = re.findall(r"^# (\d)\. (.+)$", (ROOT / f"{name}.py").read_text(), re.MULTILINE)
     assert [int(n) for n, _ in banners] == list(range(1, len(banners) + 1))
     titles = [t for _, t in banners]
-    assert titles[0] == "settings" and 0 < titles.index("the loss") < titles.index("the loop")
+    the_loss = "the losses" if name == "sdzero" else "the loss"
+    assert titles[0] == "settings" and 0 < titles.index(the_loss) < titles.index("the loop")
 
 
-SHARED = {  # definitions that are meant to be the same, and the files that have them
-    "Group": {"grpo", "rlsd", "sdpo", "hsd", "sdzero"}, "advantages": {"grpo", "rlsd", "hsd"},
-    "rollout_mean": {"grpo", "sdpo"}, "bounded_exp": {"grpo", "rlsd", "sdpo"},
-    "main.judged_groups": {"grpo", "rlsd", "sdpo", "hsd"},
-    "main.evaluate": {"grpo", "rlsd", "sdpo", "hsd"}, "main.explore": {"rlsd", "sdpo", "hsd"},
-}
+def source_of(name: str, function: str) -> str:
+    text = (ROOT / f"{name}.py").read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return ast.get_source_segment(text, node).partition('"""')[2].rpartition('"""')[2]
+    raise AssertionError(f"{name}.py has no {function}")
 
 
-def definitions(name: str) -> dict[str, str]:
-    """Source text of every function and class of an algorithm file, by qualified name."""
-    text, found = (ROOT / f"{name}.py").read_text(), {}
-
-    def visit(node: ast.AST, prefix: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-                found[prefix + child.name] = ast.get_source_segment(text, child)
-                visit(child, f"{prefix}{child.name}.")
-
-    visit(ast.parse(text), "")
-    return found
-
-
-@pytest.mark.parametrize("block", list(SHARED))
-def test_blocks_that_are_meant_to_be_the_same_are_the_same_to_the_letter(block):
-    texts = {name: definitions(name)[block] for name in SHARED[block] & set(ALGORITHMS)}
-    assert len(set(texts.values())) == 1, f"{block} differs between {sorted(texts)}"
+def test_grpos_advantages_are_the_same_in_rlsd():
+    assert source_of("grpo", "advantages") == source_of("rlsd", "advantages")
 
 
 def test_the_same_setting_has_the_same_type_everywhere():

@@ -4,20 +4,23 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAIN
+from conftest import CHAIN, interrupted, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import assert_same_run, metrics, teacher_gaps
 
 import hsd
-from common.run import parse
+from common.chat import as_text, chat_ids, load_tokenizer
+from common.rollouts import Batch, Group
 from common.sampler import Rollout
+from common.settings import parse
 from common.tasks import Problem
 from common.verifiers import Verdict
-from kernels.head import head_loss
 
 V, D = 9, 4
 f64 = dict(dtype=torch.float64)
@@ -30,7 +33,7 @@ def make_batch(seed: int, responses: int = 6):
     normal = lambda *shape: torch.randn(*shape, generator=g, **f64)
     b = dict(lengths=lengths, hidden=normal(T, D), weight=normal(V, D), A=normal(responses), ref=0.3 * normal(T),
              targets=torch.randint(0, V, (T,), generator=g), teacher_hidden=normal(T, D), teacher_weight=normal(V, D),
-             kept=torch.rand(responses, generator=g) < 0.7, signal=torch.rand(responses, generator=g) < 0.8)
+             kept=torch.rand(responses, generator=g) < 0.7, has_context=torch.rand(responses, generator=g) < 0.8)
     b["kept"][0] = True
     return b
 
@@ -56,7 +59,7 @@ def brute_force(b, args: hsd.Args):
                 else:
                     m = ((p + q) / 2).log()
                     L = L + 0.5 * q * (logq[u, v] - m) + 0.5 * p * (logp[u, v] - m)
-            L = L if b["signal"][i] else 0 * L  # without a context: GRPO's share and Ω alone
+            L = L if b["has_context"][i] else 0 * L  # without a context: GRPO's share and Ω alone
             y = b["targets"][u]
             if args.grpo_mix:
                 rho = torch.exp(logp[u, y] - float(logp[u, y].detach()))
@@ -73,11 +76,12 @@ def ours(b, args: hsd.Args):
     hidden, weight = b["hidden"].clone().requires_grad_(), b["weight"].clone().requires_grad_()
     each = lambda x: x.double().repeat_interleave(b["lengths"])
     w = hsd.token_weights(b["lengths"][None].double(), b["kept"][None])[0]
-    logp = torch.log_softmax(b["hidden"] @ b["weight"].T / args.temperature, -1).gather(1, b["targets"][:, None])[:, 0]
-    batch = hsd.Tokens(weight=each(w), advantage=each(b["A"]), signal=each(b["signal"]), sampler_logp=logp,
-                       ref_logp=logp + b["ref"] if args.beta else None)
-    total, _ = head_loss(lambda s, c: hsd.loss(s, c, args), hidden, weight, b["targets"], batch, b["teacher_hidden"],
-                             b["teacher_weight"], divergence=hsd.divergence(args), temperature=args.temperature)
+    base = torch.log_softmax(b["hidden"] @ b["weight"].T / args.temperature, -1).gather(1, b["targets"][:, None])[:, 0]
+    inputs = hsd.Inputs(weight=each(w), has_context=each(b["has_context"]), advantage=each(b["A"]), sampler_logp=base,
+                        ref_logp=base + b["ref"] if args.beta > 0 else None)
+    seen = [(b["teacher_hidden"], b["teacher_weight"])]
+    total, _ = policy_loss(hidden, weight, b["targets"], partial(hsd.loss, args=args), inputs, seen,
+                           divergence=hsd.divergence(args), temperature=args.temperature)
     total.backward()
     return total.detach(), hidden.grad, weight.grad
 
@@ -98,9 +102,9 @@ def test_the_gradient_on_the_students_logits_is_student_minus_teacher():
     z = torch.randn(5, V, generator=g, requires_grad=True, **f64)
     teacher = torch.randn(5, V, generator=g, **f64)
     one = torch.eye(V, **f64)
-    batch = hsd.Tokens(torch.ones(5, **f64), torch.zeros(5, **f64), torch.ones(5, **f64), torch.zeros(5, **f64), None)
-    total, _ = head_loss(lambda s, c: hsd.loss(s, c, hsd.Args(beta=0.0)), z, one, torch.zeros(5, dtype=torch.long), batch,
-                         teacher, one, divergence=hsd.divergence(hsd.Args()))
+    inputs = hsd.Inputs(torch.ones(5, **f64), torch.ones(5, **f64), *[torch.zeros(5, **f64)] * 2, None)
+    total, _ = policy_loss(z, one, torch.zeros(5, dtype=torch.long), partial(hsd.loss, args=hsd.Args(beta=0.0)), inputs,
+                           [(teacher, one)], divergence=hsd.divergence(hsd.Args()))
     total.backward()
     torch.testing.assert_close(z.grad, z.detach().softmax(-1) - teacher.softmax(-1), rtol=1e-10, atol=1e-12)
 
@@ -116,13 +120,26 @@ def test_k2s_gradient_is_that_of_the_kl_to_the_reference():
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
 
 
+RIGHT, WRONG = Verdict(1.0), Verdict(0.0)
+
+
+def group_of(rewards, answer="5", lengths=None, logprobs=None) -> Group:
+    problem = Problem("p", [{"role": "user", "content": "q"}], answer=answer)
+    rollouts = []
+    for i in range(len(rewards)):
+        n = lengths[i] if lengths else 2
+        rollouts.append(Rollout([1], list(range(2, 2 + n)), [logprobs[i] if logprobs else -0.1] * n, "stop", f"text {i}"))
+    return Group(problem, rollouts, [Verdict(float(r)) for r in rewards])
+
+
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.sampled_from(["uniform", "shortest", "low_ppl", "high_ppl"]),
        st.integers(0, 1000))
 @settings(deadline=None)
 def test_a_peer_is_another_successful_rollout_or_none(rewards, how, seed):
     lengths, logprobs = [len(rewards) - i for i in range(len(rewards))], [-0.1 * i for i in range(len(rewards))]
-    peers = hsd.choose_peers(rewards, lengths, logprobs, how, random.Random(seed))
-    for i, j in enumerate(peers):
+    group, rng = group_of(rewards, lengths=lengths, logprobs=logprobs), random.Random(seed)
+    for i in range(len(rewards)):
+        j = hsd.choose_peer(group, i, how, rng)
         others = [k for k, r in enumerate(rewards) if r == 1 and k != i]
         assert (j is None) == (not others)
         if j is not None:
@@ -135,9 +152,9 @@ def test_a_peer_is_another_successful_rollout_or_none(rewards, how, seed):
 
 def test_peers_are_uniform():
     """χ² over 6,000 draws among four others; 16.27 is the 0.1 % point of three degrees of freedom."""
-    rng, counts = random.Random(0), Counter()
+    rng, counts, group = random.Random(0), Counter(), group_of([1, 1, 0, 1, 1, 1])
     for _ in range(6000):
-        counts[hsd.choose_peers([1, 1, 0, 1, 1, 1], [1] * 6, [0.0] * 6, "uniform", rng)[0]] += 1
+        counts[hsd.choose_peer(group, 0, "uniform", rng)] += 1
     assert set(counts) == {1, 3, 4, 5}
     assert sum((n - 1500) ** 2 / 1500 for n in counts.values()) < 16.27
 
@@ -168,16 +185,17 @@ def test_proposition_1_the_success_conditioned_policy_is_policy_times_value_rati
 
 
 def test_accepted_peers_are_exact_draws_from_the_success_conditioned_policy():
-    """Eq. 8: over all groups of three, what choose_peers gives a rollout is distributed as π⁺ (enumerated over the
+    """Eq. 8: over all groups of three, what choose_peer gives a rollout is distributed as π⁺ (enumerated over the
     groups, and over the peers by the choice's own symmetry)."""
     leaves, rewards = tree(1)
+    rollouts = group_of([1] * 3).rollouts
     Z = sum(p for o, p in leaves.items() if rewards[o])
     found, total = Counter(), 0.0
     for group in itertools.product(leaves, repeat=3):
-        R = [int(rewards[o]) for o in group]
+        judged = Group(None, rollouts, [RIGHT if rewards[o] else WRONG for o in group])
         probability = math.prod(leaves[o] for o in group)
         # both of two candidates come up when asked often enough; each with the same chance (test above)
-        draws = {hsd.choose_peers(R, [1] * 3, [0.0] * 3, "uniform", random.Random(s))[0] for s in range(12)}
+        draws = {hsd.choose_peer(judged, 0, "uniform", random.Random(s)) for s in range(12)}
         for j in draws - {None}:
             found[group[j]] += probability / len(draws)
             total += probability / len(draws)
@@ -188,10 +206,11 @@ def test_accepted_peers_are_exact_draws_from_the_success_conditioned_policy():
 def test_equation_12_by_simulation_and_its_maximum():
     rng = random.Random(0)
     for p, G in ((0.22, 8), (0.5, 4), (0.05, 16)):
-        hits = 0
+        hits, rollouts = 0, group_of([1] * G).rollouts
         for _ in range(20_000):
-            R = [int(rng.random() < p) for _ in range(G)]
-            hits += R[0] == 0 and hsd.choose_peers(R, [1] * G, [0.0] * G, "shortest", rng)[0] is not None
+            verdicts = [RIGHT if rng.random() < p else WRONG for _ in range(G)]
+            peer = hsd.choose_peer(Group(None, rollouts, verdicts), 0, "shortest", rng)
+            hits += verdicts[0].reward == 0 and peer is not None
         assert hits / 20_000 == pytest.approx(hsd.coverage(torch.tensor(p), G).item(), abs=0.012)
 
 
@@ -205,57 +224,30 @@ def test_the_papers_table_2_does_not_follow_from_its_formula():
         assert abs(best.max().item() - printed) > 0.04
 
 
-def group_of(rewards, answer="5") -> hsd.Group:
-    problem = Problem("p", [{"role": "user", "content": "q"}], answer=answer)
-    return hsd.Group(problem, [Rollout([1], [2, 3], [-0.1, -0.1], "stop", f"text {i}") for i in range(len(rewards))],
-                     [Verdict(float(r)) for r in rewards])
-
-
 def test_contexts_of_mixed_all_fail_and_all_success_groups():
     """One success: it sees the answer alone, its siblings see it. All fail: OPSD with the answer. All succeed: each sees
     another."""
-    peers = lambda rewards: hsd.choose_peers(rewards, [1] * len(rewards), [0.0] * len(rewards), "uniform", random.Random(0))
+    rng = random.Random(0)
+    peers = lambda rewards: [hsd.choose_peer(group_of(rewards), i, "uniform", rng) for i in range(len(rewards))]
     assert peers([0, 1, 0]) == [1, None, 1] and peers([0, 0, 0]) == [None] * 3
     assert all(j is not None and j != i for i, j in enumerate(peers([1, 1, 1])))
     problem, args = group_of([1]).problem, hsd.Args()
-    with_peer, without = (hsd.context(problem, p, args)[-1]["content"] for p in ("the peer", None))
+    with_peer, without = (hsd.teacher_chat(problem, p, args)[-1]["content"] for p in ("the peer", None))
     assert with_peer.index("q") < with_peer.index("answer is 5") < with_peer.index("the peer")
     assert "answer is 5" in without and "passed the check" not in without
 
 
 def test_a_question_without_an_answer_uses_the_peer_alone_and_is_masked_without_one():
     problem = group_of([1], answer=None).problem
-    assert "final answer" not in hsd.context(problem, "the peer", hsd.Args())[-1]["content"]
-    assert hsd.context(problem, None, hsd.Args()) is None
+    assert "final answer" not in hsd.teacher_chat(problem, "the peer", hsd.Args())[-1]["content"]
+    assert hsd.teacher_chat(problem, None, hsd.Args()) is None
 
 
 def test_answer_and_solution_contexts_are_opsds():
     problem = Problem("p", [{"role": "user", "content": "q"}], answer="5", solution="2+3=5")
-    answer, solution = (hsd.context(problem, "peer", hsd.Args(context=c))[-1]["content"] for c in ("answer", "solution"))
+    answer, solution = (hsd.teacher_chat(problem, "peer", hsd.Args(context=c))[-1]["content"] for c in ("answer", "solution"))
     assert "answer is 5" in answer and "peer" not in answer and "2+3" not in answer
     assert "2+3=5" in solution and "peer" not in solution and "answer is 5" not in solution
-
-
-def test_credit_mass_and_its_denominators():
-    credit = torch.zeros(200)
-    credit[100], credit[104], credit[30] = 1.0, -2.0, 1.0
-    found = hsd.localisation(credit, 100)
-    assert found["mass/w2"] == 0.25 and found["mass/w4"] == 0.75 and found["mass/w32"] == 0.75
-    assert found["mass50/w2"] == pytest.approx(1 / 3) and found["mass50/w4"] == 1.0
-    assert found["credit/at_tau"] == 1.0 and found["credit/before_tau"] == pytest.approx(0.01)
-    assert found["credit/after_tau"] == pytest.approx(2 / 99)
-    assert "credit/before_tau" not in hsd.localisation(credit[:5] + 1, 0)
-
-
-def test_a_share_of_no_credit_is_left_out():
-    """Where teacher and student agree everywhere, and where they do so within 50 tokens of τ."""
-    credit = torch.zeros(200)
-    nothing = hsd.localisation(credit, 100)
-    assert nothing == {"credit/at_tau": 0.0, "credit/before_tau": 0.0, "credit/after_tau": 0.0}
-    credit[0] = 1.0
-    far = hsd.localisation(credit, 100)
-    assert far["mass/w32"] == 0.0 and not any(name.startswith("mass50") for name in far)
-    assert all(math.isfinite(value) for value in far.values())
 
 
 @given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
@@ -273,59 +265,57 @@ def run(out, *flags):
     hsd.main(parse(hsd.Args, hsd.presets, [*SMALL, "--out", str(out), *flags]))
 
 
-@pytest.mark.parametrize("flags", [["--teacher", "ema"], ["--teacher", "snapshot", "--teacher_every", "2", "--beta", "0.01"],
-                                   ["--teacher", "live"]], ids=["ema", "snapshot", "live"])
-def test_a_resume_includes_the_teacher_bitwise(flags, tmp_path):
-    run(tmp_path, "--steps", "4", "--name", "whole", *flags)
-    run(tmp_path, "--steps", "3", "--name", "parts", *flags)
-    run(tmp_path, "--steps", "4", "--name", "parts", "--resume", "auto", *flags)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
-    if "live" not in flags:  # a snapshot is made after steps 2 and 4
-        from_start, from_student = teacher_gaps(tmp_path / "parts", 3)
+@pytest.mark.parametrize("teacher", [["ema", "--beta", "0.01"], ["live"]], ids=["ema", "live"])
+def test_a_resume_includes_the_teacher_bitwise(teacher, tmp_path):
+    flags = ["--steps", "3", "--save_every", "2", "--teacher", *teacher]
+    run(tmp_path, *flags, "--name", "whole")
+    parts = interrupted(tmp_path / "whole", "parts", 2)
+    run(tmp_path, *flags, "--name", "parts", "--resume", "auto")
+    assert_same_run(tmp_path / "whole", parts, 3)
+    if "ema" in teacher:
+        from_start, from_student = teacher_gaps(parts, 2)
         assert from_start > 0 and from_student > 0
-
-
-def test_a_run_measures_where_the_credit_is(tmp_path):
-    run(tmp_path, "--steps", "2", "--name", "r")
-    row = metrics(tmp_path / "r")[0]
-    assert {"tau", "mass/w8", "mass50/w8", "coverage", "shift/peer", "context/peer", "kl",
-            "credit/at_tau", "credit/before_tau", "teacher/entropy"} <= row.keys()
-    assert row["mass50/w8"] >= row["mass/w8"] and row["credit/at_tau"] > row["credit/before_tau"]
+    row = metrics(parts)[0]  # and a run measures where the credit is
+    assert {"tau", "coverage", "coverage/expected", "context/peer", "context/none", "kl", "credit/at_tau",
+            "credit/before_tau", "teacher/entropy"} <= row.keys()
+    assert row["credit/at_tau"] > row["credit/before_tau"]
 
 
 @pytest.mark.parametrize("flags", [["--context", "answer", "--grpo_mix", "0.5"], ["--context", "solution", "--entry_clip", "0.05"],
                                    ["--train_on", "failed", "--kl", "reverse"], ["--peer", "shortest", "--kl", "jsd"]], ids=str)
 def test_every_arm_trains_from_one_command(flags, tmp_path):
-    run(tmp_path, "--steps", "2", "--name", "arm", *flags)
-    assert metrics(tmp_path / "arm")[1]["grad_norm"] > 0
+    run(tmp_path, "--steps", "1", "--name", "arm", *flags)
+    assert metrics(tmp_path / "arm")[0]["grad_norm"] > 0
 
 
 def test_credit_is_measured_for_the_right_rollouts():
-    """One group of five, one success: what its siblings saw is a peer, it saw the answer; rewards between 0 and 1 are
-    failures; the bins are the group's pass rate."""
-    for rewards, bin in (([1, 0, 0.5, 0, 0], "medium"), ([1, 1, 1, 0, 0], "easy"), ([1, 0, 0, 0, 0, 0], "hard")):
+    """Failures that have a peer, whose rewards may lie between 0 and 1; a lone success has no peer."""
+    for rewards in ([1, 0, 0.5, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]):
         group = group_of(rewards)
         for i, o in enumerate(group.rollouts):
             o.response_ids[:] = [7, 7] if rewards[i] == 1 else [7, 8]  # τ = 1
         peers = [None if i == 0 and rewards.count(1) == 1 else 1 if i == 0 else 0 for i in range(len(rewards))]
-        credit = {i: torch.tensor([0.5, -2.0 - i]) for i in range(len(rewards))}
-        found = hsd.where_credit_is([group], peers, credit)
+        credits = {i: torch.tensor([0.5, -2.0 - i]) for i in range(len(rewards))}
+        batch = Batch([group])
+        found = hsd.where_credit_is(batch, torch.ones_like(batch.rewards, dtype=torch.bool), peers, credits)
         failed = [i for i, r in enumerate(rewards) if r < 1]
-        assert found["credit/at_tau"] == found[f"peak/{bin}"] == [2.0 + i for i in failed] and set(found["tau"]) == {1}
-        assert found["coverage"] == [len(failed) / len(rewards)]
-        alone = [0] if peers[0] is None else []
-        assert found["shift/answer"] == [1.25 for _ in alone]
-        assert found["shift/peer"] == [(0.5 + 2 + i) / 2 for i in range(len(rewards)) if i not in alone]
-    none = hsd.where_credit_is([group_of([0.5, 0, 0])], [None] * 3, {})
-    assert none["coverage"] == [0] and not none["tau"]
+        assert found["credit/at_tau"] == [2.0 + i for i in failed] and set(found["tau"]) == {1}
+        assert found["credit/before_tau"] == [0.5] * len(failed) and found["credit/after_tau"] == []
+        assert found["coverage"].mean().item() == pytest.approx(len(failed) / len(rewards))
+        p, G = rewards.count(1) / len(rewards), len(rewards)
+        assert found["coverage/expected"].item() == pytest.approx((1 - p) * (1 - (1 - p) ** (G - 1)))
+        assert found["context/peer"] == [j is not None for j in peers] and not found["context/none"].any()
+    batch = Batch([group_of([0.5, 0, 0])])
+    none = hsd.where_credit_is(batch, torch.zeros(1, 3, dtype=torch.bool), [None] * 3, {})
+    assert none["coverage"].sum() == 0 and not none["tau"] and none["context/none"].all()
 
 
 def test_rollouts_without_a_context_are_masked_and_keep_grpos_share(tmp_path, monkeypatch):
     """As with code, whose questions have no answer to show: a group that fails as a whole, or a lone success."""
-    shown = hsd.context
-    monkeypatch.setattr(hsd, "context", lambda problem, peer, args: shown(replace(problem, answer=None), peer, args))
-    run(tmp_path, "--steps", "2", "--name", "masked", "--batch_size", "8")
-    run(tmp_path, "--steps", "2", "--name", "mixed", "--batch_size", "8", "--context", "answer", "--grpo_mix", "0.5")
+    shown = hsd.teacher_chat
+    monkeypatch.setattr(hsd, "teacher_chat", lambda problem, peer, args: shown(replace(problem, answer=None), peer, args))
+    run(tmp_path, "--steps", "1", "--name", "masked")
+    run(tmp_path, "--steps", "1", "--name", "mixed", "--context", "answer", "--grpo_mix", "0.5")
     masked, mixed = (metrics(tmp_path / name)[0] for name in ("masked", "mixed"))
     assert 0 < masked["context/none"] < 1 and masked["grad_norm"] > 0 and masked["kl"] > 0
     assert mixed["context/none"] == 1 and mixed["grad_norm"] > 0 and "kl" not in mixed
@@ -340,19 +330,21 @@ def test_only_failures_train_where_that_is_asked(tmp_path, monkeypatch):
     assert 0 < row["reward/mean"] < 1 and seen[0].float().mean().item() == pytest.approx(1 - row["reward/mean"])
 
 
-def test_a_peer_that_does_not_fit_is_an_error_or_a_counted_fallback(tmp_path, monkeypatch):
-    from common import sampler
-
-    made = sampler.HFSampler.__init__
-
-    def narrow(self, *args, **kwargs):  # room for every prompt with an answer, but not for a peer beside a response
-        made(self, *args, **kwargs)
-        self.context = 120
-
-    monkeypatch.setattr(sampler.HFSampler, "__init__", narrow)
-    with pytest.raises(SystemExit, match="exceed the model's context of 120"):
-        run(tmp_path, "--steps", "1", "--name", "error")
-    torch.distributed.destroy_process_group()
-    run(tmp_path, "--steps", "1", "--name", "fallback", "--overflow", "fallback")
-    row = metrics(tmp_path / "fallback")[0]
-    assert row["frac_overflow"] > 0 and row["context/peer"] < 1
+def test_a_peer_that_does_not_fit_is_left_out():
+    """Then the teacher sees the answer alone, as if there were no peer. Without room for that the run ends in words."""
+    tokenizer = load_tokenizer(CHAIN)
+    group, args = group_of([1, 0, 1]), hsd.Args()
+    group.rollouts[0].text = "1+1=2; " * 40  # long to read
+    group.rollouts[2].text = "1+1=2; " * 40
+    rollouts = SimpleNamespace(chat_ids=lambda chat: chat_ids(tokenizer, chat, False),
+                               as_text=lambda text: as_text(tokenizer, text), context_length=1024)
+    batch = Batch([group])
+    fits, has_context, peers = hsd.teacher_prompts(batch, rollouts, 0, args)
+    assert peers[0] == 2 and peers[1] in (0, 2) and peers[2] == 0 and has_context.all()
+    alone = rollouts.chat_ids(hsd.teacher_chat(group.problem, None, args))
+    rollouts.context_length = min(map(len, fits)) + 1  # a response has two tokens
+    prompts, has_context, peers = hsd.teacher_prompts(batch, rollouts, 0, args)
+    assert prompts == [alone] * 3 and peers == [None] * 3 and has_context.all()
+    rollouts.context_length = len(alone) + 1
+    with pytest.raises(SystemExit, match=f"more than the model's context of {len(alone) + 1}: lower --max_tokens"):
+        hsd.teacher_prompts(batch, rollouts, 0, args)

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.policy import Micro, Policy, shard
-from kernels.divergence import Divergence
-from kernels.head import head_loss, token_stats
+from common.microbatches import Micro
+from common.policy import Policy, shard
+from kernels.head import token_stats
 
 WORLD, LENGTH = 2, 9
 
@@ -24,13 +24,13 @@ def model() -> Qwen3ForCausalLM:
 
 
 def full_logits_gradient(ids: torch.Tensor, hinted: torch.Tensor) -> dict[str, torch.Tensor]:
-    """of Σ (kl + ¼·log p) over the tokens of all ranks, the mean over ranks, by PyTorch's log_softmax alone."""
+    """of Σ (kl + ¼·log p) over the tokens of all ranks, by PyTorch's log_softmax alone."""
     lm = model().double()
     lp = lm(input_ids=ids).logits.log_softmax(-1)
     with torch.no_grad():
         lq = lm(input_ids=hinted).logits.log_softmax(-1)
     loss = (lp.exp() * (lp - lq)).sum() + 0.25 * lp.gather(-1, ids[..., None]).sum()
-    (loss / WORLD).backward()
+    loss.backward()
     return {name: p.grad for name, p in lm.named_parameters()}
 
 
@@ -42,20 +42,14 @@ def rank_main(rank: int, port: int) -> None:
     expected = full_logits_gradient(ids, hinted)
     targets = ids[rank]
     row = lambda tokens: Micro([0], [LENGTH], tokens[rank : rank + 1], torch.arange(LENGTH), targets)
-    for fused in (True, False):
+    loss = lambda stats, _: stats.kl + 0.25 * stats.logp
+    for per_response in (False, True):
         student, teacher = (shard(Policy(copy.deepcopy(model())), torch.device("cpu")) for _ in range(2))
         # a teacher of its own, as an EMA is: hidden states and head out of its own forward
-        with torch.no_grad():
-            teacher_hidden, teacher_head = teacher(row(hinted), lambda h, w: (h, w.clone()))
-
-        def read(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            if fused:
-                return head_loss(lambda token, _: token.kl + 0.25 * token.logp, hidden, weight, targets, None,
-                                 teacher_hidden, teacher_head, divergence=Divergence())[0]
-            stats = token_stats(hidden, weight, targets, teacher_hidden, teacher_head)
-            return (stats.kl + 0.25 * stats.logp).sum()
-
-        student(row(ids), read).backward()
+        seen = [teacher.read(row(hinted))]
+        teacher_hidden, _ = seen[0]
+        total, _ = student(row(ids), loss, None, seen, per_response=per_response)
+        total.backward()
         for name, p in student.lm.named_parameters():
             torch.testing.assert_close(p.grad.full_tensor(), expected[name].float(), rtol=1e-4, atol=1e-5)
         try:  # outside of the forward the weight is one rank's share, and that is said

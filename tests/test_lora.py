@@ -1,31 +1,35 @@
 """LoRA by flag: what it trains, what its teachers are, what leaves it for the sampler and the checkpoint."""
-import importlib
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAIN, torchrun
-from test_policy import CPU, some_rollouts
+import torch.distributed as dist
+from conftest import CHAIN, interrupted
+from ranks import finish, launch, run_file
+from test_policy import CPU, log_likelihood, some_rollouts
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM
 
 import grpo
+from common.microbatches import micro_batches
 from common.policy import (
     Adapters,
-    blend,
+    ema_update,
     frozen_copy,
     full_weights,
     load_policy,
     make_optimizer,
-    micro_batches,
-    moved,
     optimizer_step,
     score,
+    trained_parameters,
 )
-from common.run import parse
+from common.settings import Setup
 from kernels import head as head_module
-from kernels.head import head_loss, token_stats
+
+FAST = SimpleNamespace(lr=1e-2, weight_decay=0.01)
 
 
 def rollouts() -> tuple[list[list[int]], list[list[int]]]:
@@ -34,28 +38,28 @@ def rollouts() -> tuple[list[list[int]], list[list[int]]]:
 
 
 def logps(model, prompts, responses) -> torch.Tensor:
-    return torch.cat([s.logp for s in score(model, prompts, responses, 4096)])
+    return torch.cat(score(model, prompts, responses, 4096))
 
 
 def train(policy, optimizer, prompts, responses, steps: int = 1, after=lambda: None) -> None:
     for _ in range(steps):
-        for micro in micro_batches(prompts, responses, range(len(prompts)), 10**6, CPU):
-            (-policy(micro, lambda h, w: token_stats(h, w, micro.targets).logp.mean())).backward()
-        metrics = {}
-        optimizer_step(policy, optimizer, 1e-2, 1.0, metrics)
-        assert metrics["grad_norm"] > 0
+        for micro in micro_batches(prompts, responses, None, 10**6, CPU):
+            total, _ = policy(micro, lambda stats, _: -stats.logp / len(micro.targets))
+            total.backward()
+        metrics = optimizer_step(policy, optimizer, 1e-2, 1.0)
+        assert metrics["grad_norm"][0] > 0
         after()
 
 
 @pytest.fixture
 def lora(one_process):
-    policy = load_policy(CHAIN, CPU, lora_rank=4)
-    return policy, make_optimizer(policy, "fp32", lr=1e-2)
+    policy = load_policy(CHAIN, CPU, Setup(lora_rank=4))
+    return policy, make_optimizer(policy, FAST)
 
 
 def test_at_the_start_it_is_the_base(lora):
     prompts, responses = rollouts()
-    base = load_policy(CHAIN, CPU)
+    base = load_policy(CHAIN, CPU, Setup())
     assert torch.equal(logps(lora[0], prompts, responses), logps(base, prompts, responses))
     mine, theirs = dict(full_weights(lora[0])), dict(full_weights(base))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
@@ -76,7 +80,7 @@ def test_training_moves_the_adapters_of_every_linear_layer_and_nothing_else(lora
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_kernels_make_no_gradient_of_a_frozen_head(rank, one_process, monkeypatch):
-    policy = load_policy(CHAIN, CPU, lora_rank=rank)
+    policy = load_policy(CHAIN, CPU, Setup(lora_rank=rank))
     made = []
 
     class Spy(head_module.HeadGradient):
@@ -85,10 +89,10 @@ def test_kernels_make_no_gradient_of_a_frozen_head(rank, one_process, monkeypatc
             return super().result()
 
     monkeypatch.setattr(head_module, "HeadGradient", Spy)
-    for call in (lambda h, w, y: head_loss(lambda s, _: s.logp, h, w, y, None)[0],
-                 lambda h, w, y: token_stats(h, w, y).logp.sum()):
-        micro, = micro_batches([[5, 6, 7]], [[8, 9]], [0], 100, CPU)
-        policy(micro, lambda h, w: call(h, w, micro.targets)).backward()
+    for per_response in (False, True):
+        micro, = micro_batches([[5, 6, 7]], [[8, 9]], None, 100, CPU)
+        total, _ = policy(micro, log_likelihood, per_response=per_response)
+        total.backward()
     assert [d is None for d in made] == [rank > 0] * 2
 
 
@@ -100,7 +104,7 @@ def test_with_adapters_off_it_is_the_base_and_reading_so_changes_nothing(lora):
     prompts, responses = rollouts()
     train(policy, optimizer, prompts, responses, steps=3)
     trained, weights = logps(policy, prompts, responses), {n: w.clone() for n, w in full_weights(policy)}
-    base = logps(load_policy(CHAIN, CPU), prompts, responses)
+    base = logps(load_policy(CHAIN, CPU, Setup()), prompts, responses)
     k3 = grpo.k3(trained, base)
     assert k3.mean() > 1e-3
     torch.testing.assert_close(grpo.k3(trained, logps(reference, prompts, responses)), k3, atol=1e-6, rtol=0)
@@ -114,26 +118,25 @@ def test_reading_a_teacher_leaves_the_students_gradient_as_it_is(lora):
     prompts, responses = rollouts()
     teacher = frozen_copy(policy, CHAIN, CPU)
     train(policy, optimizer, prompts, responses, steps=2)
-    micro, = micro_batches(prompts, responses, range(4), 10**6, CPU)
+    first_four = torch.arange(len(prompts)) < 4
+    micro, = micro_batches(prompts, responses, first_four, 10**6, CPU)
     found = []
-    for other in (teacher, load_policy(CHAIN, CPU).requires_grad_(False)):
-        with torch.no_grad():
-            hidden, head = other(micro, lambda h, w: (h, w))
-        stats = policy(micro, lambda h, w: token_stats(h, w, micro.targets, hidden, head))
-        stats.kl.sum().backward()
+    for other in (teacher, load_policy(CHAIN, CPU, Setup()).requires_grad_(False)):
+        total, stats = policy(micro, lambda stats, _: stats.kl, None, [other.read(micro)])
+        total.backward()
         assert stats.kl.mean() > 1e-4
-        found.append([p.grad.full_tensor() for p in moved(policy)])
+        found.append([p.grad.full_tensor() for p in trained_parameters(policy)])
         policy.zero_grad()
     for one, two in zip(*found):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
 
 
 def test_the_sampler_gets_merged_weights(one_process):
-    policy = load_policy(CHAIN, CPU, lora_rank=4, lora_alpha=6)  # alpha/rank is not a power of two
+    policy = load_policy(CHAIN, CPU, Setup(lora_rank=4, lora_alpha=6))  # alpha/rank is not a power of two
     sampler, found = some_rollouts(6, n=2)
     prompts, responses = [o.prompt_ids for o in found], [o.response_ids for o in found]
     before = logps(policy, prompts, responses)
-    train(policy, make_optimizer(policy, "fp32", lr=1e-2), prompts, responses, steps=3)
+    train(policy, make_optimizer(policy, FAST), prompts, responses, steps=3)
     after = logps(policy, prompts, responses)
     assert (after - before).abs().max() > 0.1
     sampler.load(full_weights(policy))
@@ -149,11 +152,11 @@ def test_a_moving_teacher_is_adapters_that_follow_the_policys(rate, lora):
     """An EMA of A and of B, by hand in float64; its merged weights are what it reads with."""
     policy, optimizer = lora
     teacher = frozen_copy(policy, CHAIN, CPU)
-    values = lambda model: [p.full_tensor().double() for p in moved(model)]
+    values = lambda model: [p.full_tensor().double() for p in trained_parameters(model)]
     by_hand = values(policy)
 
     def follow():
-        blend(teacher, policy, rate)
+        ema_update(teacher, policy, rate)
         by_hand[:] = [(1 - rate) * mine + rate * theirs for mine, theirs in zip(by_hand, values(policy))]
 
     prompts, responses = rollouts()
@@ -168,49 +171,47 @@ def test_a_moving_teacher_is_adapters_that_follow_the_policys(rate, lora):
         expected = lm(torch.tensor([p + r])).logits[0, len(p) - 1 : -1].log_softmax(-1)
     torch.testing.assert_close(logps(teacher, [p], [r]), expected.gather(1, torch.tensor(r)[:, None])[:, 0],
                                atol=1e-4, rtol=0)
-    blend(policy, frozen_copy(policy, CHAIN, CPU), 1.0)  # as sdpo.py --test_time sets a policy back
+    before = values(policy)
+    ema_update(policy, teacher, 1.0)  # back to the teacher, bit for bit
+    assert all(torch.equal(a, b) for a, b in zip(values(policy), values(teacher)))
+    assert rate == 1 or any(not torch.equal(a, b) for a, b in zip(values(policy), before))
 
 
-GRADIENT = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.tensor import distribute_tensor
-from common.policy import frozen_copy, load_policy, micro_batches, moved, score
-from kernels.head import token_stats
-model, rows, out = sys.argv[1:]
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-prompts, responses = torch.load(rows)
-cpu = torch.device("cpu")
-policy = load_policy(model, cpu, lora_rank=4, checkpointing=True)
-reference = frozen_copy(policy, model, cpu)
-torch.manual_seed(1)
-for p in moved(policy):  # B is not 0, so that A has a gradient
-    p.data.add_(distribute_tensor(0.05 * torch.randn(p.shape), p.device_mesh, p.placements))
-mine = range(rank, len(prompts), world)
-base = score(reference, [prompts[i] for i in mine], [responses[i] for i in mine], 1000)
-for m in micro_batches(prompts, responses, mine, 60 * world, cpu):
-    stats = policy(m, lambda h, w: token_stats(h, w, m.targets))
-    (-stats.logp.sum() * world).backward()
-logp = torch.tensor(sum(s.logp.sum().item() for s in base), dtype=torch.float64)
-dist.all_reduce(logp)
-found = {n: p.grad.full_tensor() for n, p in policy.named_parameters() if p.grad is not None}
-if rank == 0:
-    torch.save((logp, found), out)
-dist.destroy_process_group()
-"""
+def gradient(prompts: list, responses: list, out: str) -> None:
+    """On each rank: the adapters' gradient of its share of the rows, and what the reference says of them."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    policy = load_policy(CHAIN, CPU, Setup(lora_rank=4, checkpointing=True))
+    reference = frozen_copy(policy, CHAIN, CPU)
+    torch.manual_seed(1)
+    for p in trained_parameters(policy):  # B is not 0, so that A has a gradient
+        noise = 0.05 * torch.randn(p.shape)
+        p.data.add_(distribute_tensor(noise, p.device_mesh, p.placements))
+    prompts, responses = prompts[rank::world], responses[rank::world]
+    base = score(reference, prompts, responses, 1000)
+    for m in micro_batches(prompts, responses, None, 60 * world, CPU):
+        total, _ = policy(m, lambda stats, _: -stats.logp)
+        total.backward()
+    logp = torch.cat(base).sum().double()
+    dist.all_reduce(logp)
+    found = {n: p.grad.full_tensor() for n, p in policy.named_parameters() if p.grad is not None}
+    if rank == 0:
+        torch.save((logp, found), out)
 
 
-def test_two_ranks_give_the_gradient_of_one(tmp_path):
+def test_two_ranks_give_the_gradient_of_one(tmp_path, one_process):
     """The same adapters from the start on, a reference that is the base, and gradients that add up."""
     r = random.Random(0)
     tokens = lambda low, high: [r.randrange(3, 500) for _ in range(r.randint(low, high))]
-    torch.save(([tokens(4, 9) for _ in range(9)], [tokens(2, 20) for _ in range(9)]), tmp_path / "rows.pt")
-    (tmp_path / "gradient.py").write_text(GRADIENT)
-    results = []
-    for ranks in (1, 2):
-        torchrun(ranks, str(tmp_path / "gradient.py"), CHAIN, str(tmp_path / "rows.pt"), str(tmp_path / "out.pt"))
-        results.append(torch.load(tmp_path / "out.pt"))
-    (logp, one), (logp2, two) = results
+    rows = [tokens(4, 9) for _ in range(9)], [tokens(2, 20) for _ in range(9)]
+    out, log = str(tmp_path / "out.pt"), tmp_path / "log"
+    gradient(*rows, out)
+    logp, one = torch.load(out)
+    finish(launch(2, log, gradient, *rows, out), log)
+    logp2, two = torch.load(out)
+    base = load_policy(CHAIN, CPU, Setup())
+    torch.testing.assert_close(logp, logps(base, *rows).sum().double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(logp2, logp, rtol=1e-6, atol=0)
     assert one.keys() == two.keys() and all(".lora_" in n for n in one)
     scale = max(g.abs().max() for g in one.values()).item()
@@ -219,24 +220,18 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5 * scale)
 
 
-SMALL = ["--demo", "--model", CHAIN, "--heldout", "8", "--max_tokens", "48", "--eval_every", "9", "--eval_samples", "1",
-         "--lora_rank", "4", "--lr", "1e-3", "--batch_size", "4"]
+SMALL = ["--demo", "--model", CHAIN, "--heldout", "8", "--max_tokens", "48", "--eval_every", "9",
+         "--eval_samples", "1", "--lora_rank", "4", "--lr", "1e-3", "--batch_size", "4",
+         "--save_every", "2"]
+FOUR = ["--group_size", "4", "--steps", "4"]
 FILES = {
-    "grpo": ["--group_size", "4", "--beta", "0.04", "--optimizer_state", "bf16"],
-    "rlsd": ["--group_size", "4", "--teacher", "snapshot", "--teacher_every", "2", "--optimizer_state", "offload"],
-    "sdpo": ["--group_size", "4"],
-    "hsd": ["--group_size", "4", "--teacher", "ema", "--beta", "0.01"],
-    "sdzero": ["--srt_questions", "16", "--collect_batch", "4", "--kept_traces", "8", "--srt_batch", "8", "--srt_epochs",
-               "2", "--sd_questions", "8", "--eval_samples", "1"],
+    "grpo": [*FOUR, "--beta", "0.04"],
+    "rlsd": [*FOUR, "--teacher_every", "2"],
+    "sdpo": FOUR,
+    "hsd": [*FOUR, "--teacher", "ema", "--beta", "0.01"],
+    "sdzero": ["--srt_questions", "16", "--kept_traces", "8", "--srt_batch", "8", "--srt_epochs", "2",
+               "--sd_questions", "8"],  # two steps of each phase: the resume is between the two
 }
-
-
-def run_file(name: str, out, *flags: str):
-    module = importlib.import_module(name)
-    given = [*SMALL, *FILES[name]]
-    if "eval_samples" not in module.Args.__dataclass_fields__:
-        given = [f for i, f in enumerate(given) if "--eval_samples" not in given[max(0, i - 1) : i + 1]]
-    module.main(parse(module.Args, module.presets, [*given, "--out", str(out), *flags]))
 
 
 def outcome(folder) -> tuple[list[dict], dict]:
@@ -249,20 +244,18 @@ def outcome(folder) -> tuple[list[dict], dict]:
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_trains_with_adapters_and_resumes_bitwise(name, tmp_path):
     """Its checkpoint is the merged model; what a resume needs beside --model are adapters and their moments."""
-    long, short = (["--steps", "4"], ["--steps", "2"])
-    if name == "sdzero":  # steps come from the data: stop it at its first checkpoint by taking phase 1 alone
-        long, short = [], ["--phase", "srt"]
-    run_file(name, tmp_path, "--name", "whole", *long)
+    flags = [*SMALL, *FILES[name], "--out", str(tmp_path), "--name"]
+    run_file(name, [*flags, "whole"])
     metrics, weights = outcome(tmp_path / "whole")
     start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
     changed = {n for n in start if not torch.equal(weights[n], start[n])}
     assert weights.keys() == start.keys() and changed and all("_proj" in n for n in changed)
-    assert len(metrics) > 3 and all(row.get("grad_norm", 1) > 0 for row in metrics)
+    assert len(metrics) == 5 and all(row.get("grad_norm", 1) > 0 for row in metrics)
     state = max((tmp_path / "whole" / "checkpoints").iterdir()) / "state"
     keys = [k for k in FileSystemReader(state).read_metadata().state_dict_metadata if k.startswith("policy.")]
     assert keys and all(".lora_" in k for k in keys)
-    run_file(name, tmp_path, "--name", "parts", *short)
-    run_file(name, tmp_path, "--name", "parts", *long, "--resume", "auto")
+    interrupted(tmp_path / "whole", "parts", 2)
+    run_file(name, [*flags, "parts", "--resume", "auto"])
     again, same = outcome(tmp_path / "parts")
     assert all(torch.equal(same[n], weights[n]) for n in weights)
-    assert again[2:] == metrics[2:]
+    assert again == metrics

@@ -2,19 +2,22 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from conftest import CHAIN, ROOT
+from conftest import CHAIN, ROOT, interrupted
 from ranks import finish, free_port, launch, run_file, run_grpo
-from test_run import metrics, weights
+from test_run import assert_same_run, metrics, weights
 from transformers import AutoModelForCausalLM
 
 import grpo
-from common.policy import blend, full_weights, load_policy, micro_batches, optimizer_step
-from common.run import training_state
+from common import checkpoints
+from common.chat import load_tokenizer
+from common.microbatches import micro_batches
+from common.policy import ema_update, full_weights, load_policy, optimizer_step
+from common.settings import Setup
 
 CPU = torch.device("cpu")
 SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "3", "--max_tokens", "48",
@@ -44,8 +47,8 @@ def test_1_2_and_4_ranks_reach_the_same_weights_after_5_steps(tmp_path):
 FILES = {
     "rlsd": ["--steps", "3", "--teacher_every", "2"], "sdpo": ["--steps", "3"],
     "hsd": ["--steps", "3", "--teacher", "ema", "--beta", "0.01", "--grpo_mix", "0.2"],
-    "sdzero": ["--srt_questions", "16", "--collect_batch", "6", "--kept_traces", "24", "--srt_batch", "8", "--sd_questions", "16",
-               "--batch_size", "8", "--max_tokens", "96"],
+    "sdzero": ["--srt_questions", "16", "--kept_traces", "24", "--srt_batch", "8", "--sd_questions", "16",
+               "--batch_size", "8", "--max_tokens", "96", "--save_every", "1"],
 }
 
 
@@ -61,6 +64,14 @@ def test_every_file_does_in_two_processes_what_it_does_in_one(name, tmp_path):
     assert_close(weights(tmp_path / "1", last), weights(tmp_path / "2", last), 2e-5)
     if name == "sdzero":  # the same traces in the same order, so the same are kept
         assert (tmp_path / "1" / "traces.jsonl").read_bytes() == (tmp_path / "2" / "traces.jsonl").read_bytes()
+        resumes_in_phase_two(tmp_path, [*small, *FILES[name], "--out", str(tmp_path), "--name", "parts"], last)
+
+
+def resumes_in_phase_two(out: Path, flags: list[str], last: int) -> None:
+    """Two processes go on within the second phase, with its optimizer and its teacher, bit for bit."""
+    interrupted(out / "2", "parts", last - 1)
+    finish(launch(2, out / "log", run_file, "sdzero", [*flags, "--resume", "auto"]), out / "log")
+    assert_same_run(out / "2", out / "parts", last)
 
 
 def test_two_torchrun_launchers_on_two_nodes_train_one_model(tmp_path):
@@ -86,8 +97,8 @@ def hybrid(folder: str) -> None:
     policies, teachers = [], []
     for local in ("2", "4"):
         os.environ["LOCAL_WORLD_SIZE"] = local
-        policies.append(load_policy(CHAIN, CPU))
-        teachers.append(load_policy(CHAIN, CPU))
+        policies.append(load_policy(CHAIN, CPU, Setup()))
+        teachers.append(load_policy(CHAIN, CPU, Setup()))
     assert [next(p.parameters()).device_mesh.ndim for p in policies] == [2, 1]
     optimizers = [torch.optim.AdamW(p.parameters(), lr=1e-4, fused=True) for p in policies]
     prompts, responses = [[1, 5 + rank]] * 3, [[7, 8, 9 + rank], [9, 2], [11]][: rank + 1]
@@ -95,32 +106,33 @@ def hybrid(folder: str) -> None:
         seen = []
         for policy, optimizer in zip(policies, optimizers):
             # ranks have 1 to 3 rows, the last has none in the second step
-            rows = range(len(responses) if step == 0 or rank < 3 else 0)
-            for micro in micro_batches(prompts, responses, rows, 4, CPU):
-                loss = policy(micro, lambda h, w: grpo.token_stats(h, w, micro.targets).logp.sum())
-                (loss * (1 + rank)).backward()
+            kept = torch.full((len(responses),), step == 0 or rank < 3)
+            for micro in micro_batches(prompts[: len(responses)], responses, kept, 4, CPU):
+                total, _ = policy(micro, lambda stats, _: (1 + rank) * stats.logp)
+                total.backward()
             grads = {n: p.grad.full_tensor().clone() for n, p in policy.named_parameters()}
-            metrics: dict = {}
-            optimizer_step(policy, optimizer, 1e-4, 1.0, metrics)
-            seen.append((grads, metrics["grad_norm"]))
+            metrics = optimizer_step(policy, optimizer, 1e-4, 1.0)
+            seen.append((grads, metrics["grad_norm"][0]))
         (a, norm_a), (b, norm_b) = seen
         assert abs(norm_a - norm_b) < 1e-4 * norm_b and norm_b > 1
         assert_close(a, b, 1e-4 * max(g.abs().max().item() for g in b.values()))
     for teacher, policy in zip(teachers, policies):
-        blend(teacher, policy, 0.5)
+        ema_update(teacher, policy, 0.5)
     one, two = (dict(full_weights(p)) for p in policies)
     assert_close(one, two, 1e-6)
-    start, half = dict(full_weights(load_policy(CHAIN, CPU))), dict(full_weights(teachers[0]))
+    start, half = dict(full_weights(load_policy(CHAIN, CPU, Setup()))), dict(full_weights(teachers[0]))
     assert_close({n: (start[n] + one[n]) / 2 for n in one}, half, 1e-7)
     assert any(not torch.equal(one[n], start[n]) for n in one)
-    dcp.save(training_state(policies[0], optimizers[0], {"teacher": teachers[0]}), checkpoint_id=folder)
-    again = load_policy(CHAIN, CPU)
+    trainer = {"edition": 2, "step": 2}
+    place = Path(folder) / "step_000002"
+    tokenizer = load_tokenizer(CHAIN)
+    checkpoints.save(place, policies[0], optimizers[0], teachers[0], tokenizer, trainer, CPU)
+    dist.barrier()
+    again = load_policy(CHAIN, CPU, Setup())
     optimizer = torch.optim.AdamW(again.parameters(), lr=1e-4, fused=True)
-    state = training_state(again, optimizer, {"teacher": teachers[1]})
-    dcp.load(state, checkpoint_id=folder)
-    dcp.state_dict.set_state_dict(again, optimizer, model_state_dict=state["policy"],
-                                  optim_state_dict=state["optimizer"])
+    assert checkpoints.load(place, again, optimizer, teachers[1]) == trainer
     assert all(torch.equal(w, one[n]) for n, w in full_weights(again))
+    assert all(torch.equal(w, half[n]) for n, w in full_weights(teachers[1]))
     moments = [[s["exp_avg"].full_tensor() for s in o.state.values()] for o in (optimizers[0], optimizer)]
     assert moments[0] and all(torch.equal(m, n) for m, n in zip(*moments))
     dist.destroy_process_group()
@@ -128,7 +140,7 @@ def hybrid(folder: str) -> None:
 
 def test_weights_sharded_on_each_of_two_machines_train_as_sharded_over_all(tmp_path):
     """HSDP against FSDP: gradients, clipping, blends, checkpoints; with ranks that have fewer rows, or none."""
-    finish(launch(4, tmp_path / "log", hybrid, str(tmp_path / "state"), local_world=2), tmp_path / "log")
+    finish(launch(4, tmp_path / "log", hybrid, str(tmp_path), local_world=2), tmp_path / "log")
 
 
 def no_signal_on_rank_1(argv: list[str]) -> None:

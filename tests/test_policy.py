@@ -1,20 +1,25 @@
 """The training forward: packing, positions, splits over micro-batches and ranks, and agreement with the sampler."""
-import json
 import random
+from functools import partial
 
 import pytest
 import torch
-from conftest import CHAIN, torchrun
+import torch.distributed as dist
+from conftest import CHAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import finish, launch
 from transformers import AutoModelForCausalLM
 
 import grpo
 from common.chat import chat_ids, load_tokenizer
-from common.policy import full_weights, load_policy, micro_batches, moved, optimizer_step, score
+from common.microbatches import micro_batches
+from common.policy import full_weights, load_policy, optimizer_step, score, trained_parameters
 from common.sampler import HFSampler
+from common.settings import Setup
 from common.tasks import load_task
 from common.verifiers import Verifier
+from kernels.head import TokenStats
 
 CPU = torch.device("cpu")
 
@@ -27,14 +32,20 @@ def some_rollouts(count: int, n: int = 2, max_tokens: int = 24):
     return sampler, [o for g in groups for o in g]
 
 
-def shared_score(policy, prompts, responses):
+def log_likelihood(stats: TokenStats, _) -> torch.Tensor:
+    return stats.logp
+
+
+def stats_of_each(policy, prompts, responses, budget: int, share: bool) -> list[TokenStats]:
+    """What the training forward says of every rollout."""
     out = [None] * len(prompts)
-    with torch.no_grad():
-        for m in micro_batches(prompts, responses, range(len(prompts)), 10_000, CPU, share_prompts=True):
+    for m in micro_batches(prompts, responses, None, budget, CPU, share_prompts=share):
+        if share:
             assert len(m.prefix) == len({tuple(prompts[i]) for i in m.rows})
-            stats = policy(m, lambda h, w: grpo.token_stats(h, w, m.targets))
-            for row, *parts in zip(m.rows, *(x.split(m.lengths) for x in stats)):
-                out[row] = grpo.TokenStats(*parts)
+        total, stats = policy(m, log_likelihood)
+        torch.testing.assert_close(total, stats.logp.sum())
+        for row, *parts in zip(m.rows, *(x.split(m.lengths) for x in stats)):
+            out[row] = TokenStats(*parts)
     return out
 
 
@@ -43,29 +54,29 @@ def test_packed_logprobs_equal_one_by_one(one_process):
     _, rollouts = some_rollouts(5)
     prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
     lm = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32)
-    policy = load_policy(CHAIN, CPU)
-    for budget in (1, 100, 10_000, -10_000):  # below 0: prompts are shared
-        found = score(policy, prompts, responses, budget) if budget > 0 else shared_score(policy, prompts, responses)
-        for p, r, got in zip(prompts, responses, found):
+    policy = load_policy(CHAIN, CPU, Setup())
+    for budget, share in ((1, False), (100, False), (10_000, False), (10_000, True)):
+        found = stats_of_each(policy, prompts, responses, budget, share)
+        scored = score(policy, prompts, responses, budget)
+        for p, r, got, alone in zip(prompts, responses, found, scored):
             with torch.no_grad():
                 logp = lm(torch.tensor([p + r])).logits[0, len(p) - 1 : -1].double().log_softmax(-1)
             expected = logp.gather(1, torch.tensor(r)[:, None])[:, 0]
             torch.testing.assert_close(got.logp.double(), expected, atol=2e-5, rtol=0)
+            torch.testing.assert_close(alone.double(), expected, atol=2e-5, rtol=0)
             torch.testing.assert_close(got.entropy.double(), -(logp.exp() * logp).sum(1), atol=2e-5, rtol=0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=20), st.integers(1, 200))
 @settings(deadline=None, max_examples=50)
 def test_micro_batches_hold_each_token_once_within_the_budget(sizes, budget):
-    import torch.distributed as dist
-
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         r = random.Random(0)
         prompts = [[r.randrange(9) for _ in range(p)] for p, _ in sizes]
         responses = [[r.randrange(9) for _ in range(n)] for _, n in sizes]
         seen = []
-        for m in micro_batches(prompts, responses, range(len(sizes)), budget, CPU):
+        for m in micro_batches(prompts, responses, None, budget, CPU):
             assert m.ids.numel() <= budget or len(m.rows) <= 1
             flat, start = m.ids.flatten(), 0
             for row, n in zip(m.rows, m.lengths):
@@ -84,7 +95,7 @@ def test_the_end_token_is_trained_and_truncation_comes_from_the_finish_reason(on
     stopped = [o for o in rollouts if not o.truncated]
     assert stopped and all(o.response_ids[-1] in sampler.ends for o in stopped)
     for micro in micro_batches([o.prompt_ids for o in stopped], [o.response_ids for o in stopped],
-                               range(len(stopped)), 10**6, CPU):
+                               None, 10**6, CPU):
         ends = torch.tensor(micro.lengths).cumsum(0) - 1
         assert torch.isin(micro.targets[ends], torch.tensor(sampler.ends)).all()
     _, cut = some_rollouts(6, max_tokens=3)
@@ -97,18 +108,18 @@ def test_sampler_and_trainer_agree_and_move_together(one_process):
     sync, those of the same ids move, and agree again."""
     sampler, rollouts = some_rollouts(6, n=4)
     prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
-    policy = load_policy(CHAIN, CPU)
-    before = [s.logp for s in score(policy, prompts, responses, 4096)]
+    policy = load_policy(CHAIN, CPU, Setup())
+    before = score(policy, prompts, responses, 4096)
     gap = max((torch.tensor(o.logprobs) - b).abs().max() for o, b in zip(rollouts, before))
     assert gap < 1e-4
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    micro = micro_batches(prompts, responses, range(len(rollouts)), 10**6, CPU)[0]
-    (-policy(micro, lambda h, w: grpo.token_stats(h, w, micro.targets).logp.mean())).backward()
-    metrics: dict = {}
-    optimizer_step(policy, optimizer, 1e-3, 1.0, metrics)
-    assert metrics["grad_norm"] > 0 and metrics["skipped_updates"] == 0
+    micro = micro_batches(prompts, responses, None, 10**6, CPU)[0]
+    total, _ = policy(micro, lambda stats, _: -stats.logp / len(micro.targets))
+    total.backward()
+    metrics = optimizer_step(policy, optimizer, 1e-3, 1.0)
+    assert metrics["grad_norm"][0] > 0 and metrics["skipped_updates"] == [0]
     sampler.load(full_weights(policy))
-    after = [s.logp for s in score(policy, prompts, responses, 4096)]
+    after = score(policy, prompts, responses, 4096)
     assert max((a - b).abs().max() for a, b in zip(after, before)) > 1e-2
     with torch.no_grad():
         for p, r, expected in zip(prompts, responses, after):
@@ -116,43 +127,38 @@ def test_sampler_and_trainer_agree_and_move_together(one_process):
             torch.testing.assert_close(logp.gather(1, torch.tensor(r)[:, None])[:, 0], expected, atol=1e-4, rtol=0)
 
 
-GRADIENT = """
-import json, sys
-import torch, torch.distributed as dist
-import grpo
-from common.policy import load_policy, micro_batches
-model, data, budget, share, out = sys.argv[1:]
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-rows = json.load(open(data))
-Q = len(rows["rewards"]) // world
-mine = slice(rank * Q, rank * Q + Q)
-rewards, prompts, responses = (rows[k][mine] for k in ("rewards", "prompts", "responses"))
-lengths = torch.tensor([[float(len(r)) for r in g] for g in responses])
-prompts, responses = ([x for g in y for x in g] for y in (prompts, responses))
-policy = load_policy(model, torch.device("cpu"))
-found = {}
-for loss in ("grpo", "dapo", "gspo"):
-    args = grpo.Args(loss=loss, beta=0.0, tis=0.0, max_tokens=50)
-    A = grpo.advantages(torch.tensor(rewards), args.std)
-    weight = grpo.token_weights(lengths, torch.ones_like(lengths), args)
-    live = [i for i in range(len(prompts)) if A.flatten()[i] != 0]
-    micros = micro_batches(prompts, responses, live, int(budget), torch.device("cpu"), share == "share")
-    for m in micros:
-        batch = grpo.Tokens(m.spread(A.flatten()), m.spread(weight.flatten()),
-                            m.gather([[0.0] * len(r) for r in responses]), None, None, m.rollout)
-        total, _ = policy(m, grpo.head(m, batch, args))
-        (total * world).backward()
-    for name, p in policy.named_parameters():
-        found[loss, name] = p.grad.full_tensor()
-        p.grad = None
-if rank == 0:
-    torch.save((len(micros), found), out)
-dist.destroy_process_group()
-"""
+def gradient(data: dict, budget: int, share: bool, out: str) -> None:
+    """On each rank: the gradients of the three losses of grpo.py for its share of the questions."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    questions = len(data["rewards"]) // world
+    mine = slice(rank * questions, (rank + 1) * questions)
+    rewards = torch.tensor(data["rewards"][mine])
+    prompts = [prompt for group in data["prompts"][mine] for prompt in group]
+    responses = [response for group in data["responses"][mine] for response in group]
+    lengths = torch.tensor([len(response) for response in responses]).view_as(rewards)
+    policy = load_policy(CHAIN, CPU, Setup(), share)
+    found = {}
+    for name in ("grpo", "dapo", "gspo"):
+        args = grpo.Args(loss=name, beta=0.0, tis=0.0, max_tokens=50)
+        A = grpo.advantages(rewards, args.std)
+        weight = grpo.token_weights(lengths, torch.ones_like(lengths), args)
+        micros = micro_batches(prompts, responses, A != 0, budget, CPU, share)
+        for m in micros:
+            unknown = torch.zeros(len(m.targets))
+            inputs = grpo.Inputs(m.per_token(A), m.per_token(weight), unknown, None, None, m.rollout)
+            loss = partial(grpo.loss, args=args)
+            total, _ = policy(m, loss, inputs, per_response=name == "gspo")
+            total.backward()
+        for parameter, p in policy.named_parameters():
+            found[name, parameter] = p.grad.full_tensor()
+            p.grad = None
+    if rank == 0:
+        torch.save((len(micros), found), out)
 
 
-def test_any_split_of_a_batch_gives_the_same_gradient(tmp_path):
+def test_any_split_of_a_batch_gives_the_same_gradient(tmp_path, one_process):
     """1 × 8, 2 × 4 and 4 × 2 (ranks × micro-batches) of one batch, with and without shared prompts; lengths and group
     signals are uneven over the ranks, and the last of four holds groups without any, so its micro-batches are empty."""
     r = random.Random(0)
@@ -163,12 +169,12 @@ def test_any_split_of_a_batch_gives_the_same_gradient(tmp_path):
         data["prompts"].append([prompt] * 3)
         data["responses"].append([tokens(2, 30) for _ in range(3)])
         data["rewards"].append([1.0, 0.0, float(q % 2)] if q < 5 else [1.0] * 3)
-    (tmp_path / "rows.json").write_text(json.dumps(data))
-    (tmp_path / "gradient.py").write_text(GRADIENT)
-    results = []
-    for ranks, budget, share in ((1, 10**6, "no"), (1, 80, "share"), (2, 100, "no"), (4, 60, "share")):
-        out = tmp_path / f"{ranks}-{budget}.pt"
-        torchrun(ranks, str(tmp_path / "gradient.py"), CHAIN, str(tmp_path / "rows.json"), str(budget), share, str(out))
+    results, out, log = [], str(tmp_path / "out.pt"), tmp_path / "log"
+    for ranks, budget, share in ((1, 10**6, False), (1, 80, True), (2, 100, False), (4, 60, True)):
+        if ranks == 1:
+            gradient(data, budget, share, out)
+        else:
+            finish(launch(ranks, log, gradient, data, budget, share, out), log)
         results.append(torch.load(out))
     whole = results[0][1]
     assert results[1][0] >= 6 and results[2][0] >= 4 and results[3][0] >= 2
@@ -181,14 +187,14 @@ def test_any_split_of_a_batch_gives_the_same_gradient(tmp_path):
 
 
 def test_reading_a_policy_twice_moves_nothing(one_process):
-    policy = load_policy(CHAIN, CPU)
+    policy = load_policy(CHAIN, CPU, Setup())
     before = {n: w.clone() for n, w in full_weights(policy)}
     score(policy, [[1, 2, 3]], [[4, 5]], 100)
     assert all(torch.equal(w, before[n]) for n, w in full_weights(policy))
 
 
 def test_verifier_is_usable_from_a_run():
-    v = Verifier(1)
+    v = Verifier()
     p = load_task("chain", heldout=8).train[0]
     assert [x.reward for x in v([p, p], [p.solution, "####"])] == [1.0, 0.0]
     v.close()
@@ -200,11 +206,11 @@ def test_checkpointing_keeps_less_for_the_backward_pass_and_gives_the_same_gradi
     prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
     kept, gradients = [], []
     for checkpointing in (False, True):
-        policy = load_policy(CHAIN, CPU, checkpointing=checkpointing, lora_rank=rank)
+        policy = load_policy(CHAIN, CPU, Setup(checkpointing=checkpointing, lora_rank=rank))
         with torch.no_grad():
-            for i, p in enumerate(moved(policy)):
+            for i, p in enumerate(trained_parameters(policy)):
                 p.to_local().add_(0.01 * (i % 2))  # under LoRA no longer the base
-        micro, = micro_batches(prompts, responses, range(len(rollouts)), 10**6, CPU)
+        micro, = micro_batches(prompts, responses, None, 10**6, CPU)
         saved = {}
 
         def pack(x):
@@ -212,10 +218,10 @@ def test_checkpointing_keeps_less_for_the_backward_pass_and_gives_the_same_gradi
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            total, _ = grpo.head_loss(lambda s, _: s.logp, *policy(micro, lambda h, w: (h, w)), micro.targets, None)
+            total, _ = policy(micro, log_likelihood)
         kept.append(sum(saved.values()))
         total.backward()
-        gradients.append([p.grad.full_tensor() for p in moved(policy)])
+        gradients.append([p.grad.full_tensor() for p in trained_parameters(policy)])
     assert kept[1] < 0.5 * kept[0], kept
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,6 @@ for the rest of a machine is not here; names of tasks are checked against those 
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import json
 import re
 import shlex
@@ -19,8 +18,9 @@ import torch
 from conftest import CHAIN, ROOT
 from test_house import ALGORITHMS
 
-from common import run, tasks
-from common.run import parse
+from common import rollouts, run, tasks
+from common import settings as common_settings
+from common.settings import parse
 
 FILES = "|".join(ALGORITHMS)
 COMMAND = re.compile(rf"^\s*((?:python |torchrun .*?)(?:{FILES})\.py(?:.*\\\n)*.*)$", re.MULTILINE)
@@ -50,9 +50,9 @@ def model(tmp_path_factory) -> str:
 
 
 @cache
-def problems(heldout: int) -> tasks.Task:
-    """As many of the embedded task as the largest recipe asks for."""
-    size, tasks.CHAIN_SIZE = tasks.CHAIN_SIZE, 20_000
+def problems(heldout: int, train: int) -> tasks.Task:
+    """Problems of the embedded task."""
+    size, tasks.CHAIN_SIZE = tasks.CHAIN_SIZE, train
     try:
         return tasks.load_task("chain", heldout=heldout)
     finally:
@@ -65,10 +65,18 @@ def processes(command: str) -> tuple[int, int]:
     return count("nnodes") * count("nproc_per_node"), count("nproc_per_node")
 
 
-def vllm(monkeypatch, there: bool, find=importlib.util.find_spec) -> None:
+def vllm(monkeypatch, there: bool) -> None:
     """As if vLLM were installed, or not."""
-    monkeypatch.setattr(run.importlib.util, "find_spec",
-                        lambda name, *rest: (name if there else None) if name == "vllm" else find(name, *rest))
+    monkeypatch.setattr(common_settings, "installed", lambda package: there)
+
+
+def many(monkeypatch, world: int, local: int) -> None:
+    """As if this were the first of `world` processes, `local` of them on this machine."""
+    real = run.dist.init_process_group
+    monkeypatch.setattr(run, "rendezvous", lambda: (None, 0, world))
+    monkeypatch.setattr(run.dist, "init_process_group", lambda *_, **__: real(
+        "gloo", store=run.dist.HashStore(), rank=0, world_size=1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
 
 
 @pytest.mark.parametrize("page, command", EVERY, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EVERY)])
@@ -80,17 +88,22 @@ def test_every_printed_command_dry_runs(page, command, model, tmp_path, monkeypa
         source = part.partition(":")[0].partition("/")[0]
         assert source in {"chain", "jsonl", "json", "hf", "gym", *tasks.SETS}, f"no such task: {part}"
     world, local = processes(command)
-    monkeypatch.setattr(module, "load_task", lambda spec, heldout, **_: problems(heldout))
-    monkeypatch.setattr(run.dist, "get_world_size", lambda: world)
+    train = 64
+    if name == "sdzero":  # its phases must not share a question
+        train = args.srt_questions + args.sd_questions
+        if args.traces:  # another run's
+            args.traces = f"{model}/config.json"
+    monkeypatch.setattr(rollouts, "load_task", lambda spec, heldout, **_: problems(heldout, train))
     vllm(monkeypatch, there=True)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    many(monkeypatch, world, local)
+    setup = dataclasses.replace(args.setup, dry_run=True, out=str(tmp_path))
     try:
-        module.main(dataclasses.replace(args, model=model, task="chain", dry_run=True, out=str(tmp_path)))
+        module.main(dataclasses.replace(args, model=model, task="chain", setup=setup))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     plan = capsys.readouterr().out
-    assert f"of each of {world} process(es)" in plan and f"N/{local} ×" in plan
+    assert f"{args.batch_size:,} questions" in plan and f"; {world} process(es)" in plan
     assert not list(tmp_path.iterdir())  # a dry run leaves nothing
 
 
@@ -113,15 +126,18 @@ def dry(name: str, *flags: str) -> None:
             torch.distributed.destroy_process_group()
 
 
-def test_a_dry_run_counts_what_a_run_would_do(tmp_path, capsys):
+@pytest.mark.parametrize("local", [1, 8])
+def test_a_dry_run_counts_what_a_run_would_do(local, tmp_path, monkeypatch, capsys):
+    many(monkeypatch, 8, local)
     dry("hsd", "--beta", "0.1", "--batch_size", "32", "--group_size", "4", "--max_tokens", "50", "--steps", "64",
-        "--sampler_rows", "100", "--out", str(tmp_path / "runs"))
+        "--out", str(tmp_path / "runs"))
     plan = capsys.readouterr().out
     count = sum(p.numel() for p in module_parameters())
-    kv = 2 * 2 * 32 * 4  # keys and values × heads × their width × bytes
-    for words in ("--group_size 4", "32 questions × 4 responses = 128 rollouts, 128 a process", "6,400 tokens at most",
-                  "64: 64 updates, 0.50 passes", f"N = {count:,} parameters, context 1,024", "2 more model(s)",
-                  f"100 rows × 75 tokens × 4 layers × {kv} bytes", f"{24 * count / 2**30:10.3f}  N/1"):
+    state = 4 * count + 4 * count + 8 * count + 2 * 4 * count  # weights, gradients, AdamW, teacher and reference
+    for words in ("--group_size 4", "32 questions, 128 responses of at most 50 tokens, 1 update(s); 8 process(es)",
+                  f"{count:,} parameters, context 1,024 tokens",
+                  f"{state / local / 2**30:.3f} GiB of weights, gradients and AdamW",
+                  f"{4 * count / 2**30:.3f} GiB of the sampler's weights"):
         assert words in plan, words
     assert not (tmp_path / "runs").exists()
 
@@ -133,17 +149,18 @@ def module_parameters():
 
 
 @pytest.mark.parametrize("name, flags, words", [
-    ("grpo", ["--overlong", "shape", "--overlong_cache", "64"], "--overlong_cache 64 must be below --max_tokens 64"),
-    ("grpo", ["--dynamic_sampling", "1", "--tensor_parallel", "2"], "cannot sample different numbers of rounds"),
+    ("grpo", ["--dynamic_sampling", "1", "--tensor_parallel", "2", "--sampler", "vllm"], "cannot sample different numbers of rounds"),
+    ("grpo", ["--share_prompts", "--checkpointing"], "choose one"),
     ("rlsd", ["--dual_clip", "0.5"], "--dual_clip 0.5 must be above 1"),
     ("sdpo", ["--adv_clip", "5", "--granularity", "sampled"], "with --granularity logit or token"),
-    ("sdpo", ["--is_clip", "0"], "--is_clip 0.0: must lie between 1"),
-    ("sdpo", ["--test_time", "--budget", "2"], "a --budget of at least --group_size"),
+    ("sdpo", ["--kl", "jsd", "--granularity", "sequence"], "--granularity sequence is of the reverse KL: add --kl reverse"),
     ("sdpo", ["--max_tokens", "600"], "2 × --max_tokens 600 can exceed"),
-    ("hsd", ["--max_tokens", "600"], "2 × --max_tokens 600 can exceed"),
+    ("hsd", ["--entry_clip", "0.1", "--kl", "jsd"], "--entry_clip bounds the entries of --kl forward"),
+    ("hsd", ["--max_tokens", "980"], "--max_tokens 980 can exceed the model's context of 1024 (with what the teacher sees)"),
 ])
 def test_settings_that_cannot_work_are_refused_in_one_line(name, flags, words, monkeypatch):
     vllm(monkeypatch, there=True)
+    many(monkeypatch, 2, 2)
     with pytest.raises(SystemExit) as error:
         dry(name, *flags)
     assert words in str(error.value) and str(error.value).startswith("error: ") and "\n" not in str(error.value)

@@ -1,4 +1,6 @@
 """A run from the outside: resume, crashes, damaged checkpoints, and what a user's mistakes look like."""
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -8,15 +10,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAIN, ROOT, torchrun
+import torch.distributed as dist
+from conftest import CHAIN, ROOT, interrupted
+from ranks import finish, launch
+from ranks import run_grpo as grpo_in_a_rank
+from test_house import ALGORITHMS
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
-from common.run import parse
+from common import checkpoints, rollouts
+from common.log import reduce_over_ranks
+from common.run import Run
+from common.settings import Setup, parse
+from common.verifiers import Verdict, Verifier
 
 SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "8", "--max_tokens", "48",
          "--eval_every", "2", "--eval_samples", "1"]
@@ -79,17 +90,21 @@ EVERYTHING = ["--minibatches", "2", "--epochs", "2", "--beta", "0.04", "--dynami
 
 @pytest.mark.parametrize("flags", [[], EVERYTHING], ids=["plain", "everything"])
 def test_six_steps_are_three_and_a_resume_and_three_bitwise(flags, tmp_path):
-    run_grpo(tmp_path, "--steps", "6", "--name", "whole", *flags)
-    run_grpo(tmp_path, "--steps", "3", "--name", "parts", *flags)
+    run_grpo(tmp_path, "--steps", "6", "--save_every", "3", "--name", "whole", *flags)
+    if flags:  # as a kill leaves it
+        interrupted(tmp_path / "whole", "parts", 3)
+    else:  # as a shorter run leaves it
+        run_grpo(tmp_path, "--steps", "3", "--name", "parts")
     run_grpo(tmp_path, "--steps", "6", "--name", "parts", "--resume", "auto", *flags)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
 
 
 def test_six_steps_are_three_and_a_resume_and_three_bitwise_in_two_processes(tmp_path):
-    common = ["grpo.py", *SMALL, "--out", str(tmp_path)]
-    torchrun(2, *common, "--steps", "6", "--name", "whole")
-    torchrun(2, *common, "--steps", "3", "--name", "parts")
-    torchrun(2, *common, "--steps", "6", "--name", "parts", "--resume", "auto")
+    flags = [*SMALL, "--out", str(tmp_path), "--steps", "6", "--save_every", "3", "--name"]
+    finish(launch(2, tmp_path / "log", grpo_in_a_rank, [*flags, "whole"]), tmp_path / "log")
+    interrupted(tmp_path / "whole", "parts", 3)
+    resume = [*flags, "parts", "--resume", "auto"]
+    finish(launch(2, tmp_path / "log", grpo_in_a_rank, resume), tmp_path / "log")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
 
 
@@ -158,16 +173,17 @@ def test_going_back_past_later_checkpoints_is_refused_until_they_are_moved(tmp_p
 def test_dynamic_sampling_refills_up_to_its_rounds_and_then_takes_what_it_has(mixed_of_four, rounds, left, tmp_path, monkeypatch):
     """Of each four groups that are sampled the first few have mixed rewards."""
     starts, judged = [], []
-    monkeypatch.setattr(grpo, "take", lambda *args, real=grpo.take: (starts.append(args[2]), real(*args))[1])
+    take = lambda *args, real=rollouts.take: (starts.append(args[2]), real(*args))[1]
+    monkeypatch.setattr(rollouts, "take", take)
 
     def verdicts(self, problems, texts):
         if len(texts) == 8:  # the held-out problems
-            return [grpo.Verdict(0.0)] * 8
+            return [Verdict(0.0)] * 8
         judged.append(len(texts))
-        return [grpo.Verdict(float(i % 4 == 0 and i // 4 < mixed_of_four)) for i in range(len(texts))]
+        return [Verdict(float(i % 4 == 0 and i // 4 < mixed_of_four)) for i in range(len(texts))]
 
-    monkeypatch.setattr(grpo.Verifier, "__call__", verdicts)
-    monkeypatch.setattr(grpo.Verifier, "check", lambda *_: None)
+    monkeypatch.setattr(Verifier, "__call__", verdicts)
+    monkeypatch.setattr(Verifier, "check", lambda *_: None)
     run_grpo(tmp_path, "--steps", "1", "--name", "refill", "--dynamic_sampling", "2")
     row = metrics(tmp_path / "refill")[0]
     assert len(judged) == rounds and len(set(starts)) == len(starts) == rounds and row["frac_zero_std"] == left
@@ -197,11 +213,21 @@ def test_eval_only_evaluates_and_trains_nothing(finished_run, tmp_path):
 
 def test_groups_with_equal_rewards_are_counted_and_change_nothing(tmp_path):
     """A model that cannot answer in two tokens: every reward is 0, no gradient, no NaN, no hang in two processes."""
-    torchrun(2, "grpo.py", *SMALL, "--max_tokens", "2", "--steps", "2", "--out", str(tmp_path), "--name", "zero")
+    flags = [*SMALL, "--max_tokens", "2", "--steps", "2", "--out", str(tmp_path), "--name", "zero"]
+    finish(launch(2, tmp_path / "log", grpo_in_a_rank, flags), tmp_path / "log")
     rows = metrics(tmp_path / "zero")
     assert rows[0]["frac_zero_std"] == 1 and rows[0]["frac_truncated"] == 1 and rows[0]["grad_norm"] == 0
     start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
     assert all(torch.equal(w, start[n]) for n, w in weights(tmp_path / "zero", 2).items())
+
+
+def first_edition(folder) -> None:
+    """What a checkpoint of the first edition has beside its state."""
+    folder.mkdir()
+    args = dataclasses.asdict(parse(grpo.Args, grpo.presets, SMALL)) | {"workers": 4, "keep": 2}
+    (folder / "trainer.json").write_text(json.dumps({"step": 1, "method": "grpo", "args": args}))
+    digest = checkpoints.checksum(folder / "trainer.json")
+    (folder / "manifest.json").write_text(json.dumps({"trainer.json": digest}))
 
 
 MISTAKES = {
@@ -214,12 +240,13 @@ MISTAKES = {
     "unknown source": (["--task", "nothing"], "unknown source 'nothing'"),
     "too few problems": (["--heldout", "100000", "--task", "jsonl:ONE"], "100000 are to be held out"),
     "prompt longer than the context": (["--max_tokens", "5000"], "exceed the model's context of 1024"),
-    "group of one": (["--group_size", "1"], "--group_size 1: must lie between 2"),
+    "group of one": (["--group_size", "1"], "--group_size 1: advantages compare"),
     "batch not divisible": (["--minibatches", "3"], "do not divide into 1 process"),
     "resume from nothing": (["--resume", "EMPTY"], "no manifest.json"),
     "temperature out of range": (["--temperature", "0"], "--temperature 0.0"),
     "negative learning rate": (["--lr", "-1"], "--lr -1.0"),
     "clip out of range": (["--clip_low", "1.5"], "--clip_low 1.5"),
+    "first-edition checkpoint": (["--resume", "FIRST"], "of the first edition, whose state this"),
 }
 
 
@@ -231,7 +258,8 @@ def test_a_mistake_ends_with_one_clear_line(mistake, tmp_path):
     (tmp_path / "nofield.jsonl").write_text('{"question": "1+1?"}\n')
     (tmp_path / "blank.jsonl").write_text("")
     (tmp_path / "one.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
-    places = {"EMPTY": "empty", "BROKEN": "broken.jsonl", "NOFIELD": "nofield.jsonl", "BLANK": "blank.jsonl",
+    first_edition(tmp_path / "first")
+    places = {"FIRST": "first", "EMPTY": "empty", "BROKEN": "broken.jsonl", "NOFIELD": "nofield.jsonl", "BLANK": "blank.jsonl",
               "ONE": "one.jsonl"}
     for name, file in places.items():
         flags = [f.replace(name, str(tmp_path / file)) for f in flags]
@@ -253,13 +281,74 @@ def test_a_flag_that_does_not_exist_or_fit_is_refused(flags, capsys):
     assert flags[0].strip("-") in capsys.readouterr().err or flags[-1] in capsys.readouterr().err
 
 
-def test_help_explains_every_field(capsys):
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_help_explains_every_flag_the_methods_own_first(name, capsys):
+    """The shared flags form a group of their own; a flag's comment is its explanation."""
+    module = importlib.import_module(name)
     with pytest.raises(SystemExit):
-        parse(grpo.Args, grpo.presets, ["--help"])
-    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    for field in grpo.Args.__dataclass_fields__:
-        assert f"--{field}" in text or f"--{field.replace('_', '-')}" in text, field
-    assert "responses a question" in text and "clip-higher" in text
+        parse(module.Args, module.presets, ["--help"])
+    shown = re.sub(r"[│─╭╮╰╯\s]+", " ", capsys.readouterr().out)
+    own, title, shared = shown.partition(" setup options ")
+    assert title
+    for part, text, file in ((module.Args, own, f"{name}.py"), (Setup, shared, "common/settings.py")):
+        source = (ROOT / file).read_text()
+        for field in part.__dataclass_fields__.keys() - {"setup"}:
+            comment, = re.findall(rf"^    {field}: .*?  # (.*)$", source, re.MULTILINE)
+            assert f"--{field.replace('_', '-')} " in text or f"--{field.replace('_', '-')}, " in text
+            assert re.sub(r"\s+", "", comment) in re.sub(r"\s+", "", text), field
+
+
+def test_steps_run_over_two_phases_and_a_resume_skips_what_is_done(tmp_path, one_process):
+    """A checkpoint at the end of each phase, and of what is due between; each step in its own random state."""
+    drawn, saved = {}, []
+
+    def phases(first_step: int) -> list[int]:
+        run = object.__new__(Run)
+        run.setup = Setup(save_every=2)
+        run.rank, run.world, run.folder = 0, 1, tmp_path
+        run.first_step = run.step = first_step
+        run.asked = run.stopping = False
+        run.without_update = 0
+        run.save = lambda: saved.append(run.step)
+        done = []
+        for first, last in ((0, 3), (3, 6)):
+            for step in run.steps(first, last):
+                assert run.step == step
+                done.append(step)
+                random_number = torch.rand(()).item()
+                assert drawn.setdefault(step, random_number) == random_number
+        assert run.step == 6
+        return done
+
+    assert phases(0) == [0, 1, 2, 3, 4, 5] and saved == [2, 3, 4, 6]
+    assert len(set(drawn.values())) == 6
+    for first_step in (2, 3, 4, 6):
+        saved.clear()
+        assert phases(first_step) == list(range(first_step, 6))
+        assert saved == [step for step in (2, 3, 4, 6) if step > first_step]
+
+
+def metrics_of_a_rank(out: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    metrics = {
+        "mean": [torch.tensor([[1.0, 2.0], [3.0, 6.0]]), [4]] if rank == 0 else [[20.0]],
+        "length/max": [torch.tensor([3.0]), [7.0]] if rank == 0 else [[], torch.tensor([5.0])],
+        "bools": [[True, False]] if rank == 0 else [torch.tensor([True, True])],
+        "only on the second": [[]] if rank == 0 else [[8.0]],
+        "nowhere": [torch.empty(0)],
+    }
+    Path(f"{out}/{rank}").write_text(json.dumps(reduce_over_ranks(metrics)))
+    dist.destroy_process_group()
+
+
+def test_a_metric_is_the_mean_over_all_values_of_all_ranks_and_max_their_maximum(tmp_path):
+    """Not a mean of means; a metric that has no value anywhere is left out."""
+    finish(launch(2, tmp_path / "log", metrics_of_a_rank, str(tmp_path)), tmp_path / "log")
+    rows = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert rows[0] == rows[1] == {
+        "mean": 6.0, "length/max": 7.0, "bools": 0.75, "only on the second": 8.0,
+    }
 
 
 @pytest.mark.parametrize("name", list(grpo.VARIANTS))

@@ -1,18 +1,22 @@
-"""sdpo.py's formulas against float64 brute force over full logits, its contexts, its teachers, its test-time loop."""
-import json
+"""sdpo.py's formulas against float64 brute force over full logits, its contexts, its teachers."""
 import math
 import random
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAIN
+from conftest import CHAIN, interrupted, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import assert_same_run, metrics, teacher_gaps
 
 import sdpo
-from common.policy import blend, full_weights, load_policy
-from common.run import parse
+from common.chat import as_text, chat_ids, load_tokenizer
+from common.policy import ema_update, full_weights, load_policy
+from common.rollouts import Batch, Group
+from common.sampler import Rollout
+from common.settings import Setup, parse
 from common.tasks import Problem
 from common.verifiers import Verdict
 from kernels.head import TokenStats, token_stats
@@ -28,8 +32,8 @@ def make_batch(seed: int, responses: int = 6):
     normal = lambda *shape: torch.randn(*shape, generator=g, **f64)
     b = dict(lengths=lengths, hidden=normal(T, D), weight=normal(V, D), A=normal(responses), old=0.5 * normal(T),
              sampler=0.5 * normal(T), targets=torch.randint(0, V, (T,), generator=g),
-             teacher=[(normal(T, D), normal(V, D)) for _ in range(2)], signal=torch.rand(responses, generator=g) < 0.6)
-    b["signal"][0] = True
+             teacher=[(normal(T, D), normal(V, D)) for _ in range(2)], has_context=torch.rand(responses, generator=g) < 0.6)
+    b["has_context"][0] = True
     return b
 
 
@@ -65,7 +69,7 @@ def brute_force(b, args: sdpo.Args, mix, updates_before: bool):
     teacher_logits = sum(m * (h @ w.T) for m, (h, w) in zip(mix, b["teacher"]))
     logq = torch.log_softmax(teacher_logits, -1)
     lengths, L, t = b["lengths"].tolist(), torch.zeros((), **f64), 0
-    kept = [bool(s) or args.lam > 0 for s in b["signal"]]
+    kept = [bool(s) or args.lam > 0 for s in b["has_context"]]
     tokens, responses = sum(n for n, k in zip(lengths, kept) if k), sum(kept)
     for i, n in enumerate(lengths):
         span = range(t, t + n)
@@ -82,7 +86,9 @@ def brute_force(b, args: sdpo.Args, mix, updates_before: bool):
                 A = mean_A if args.granularity == "sequence" else float(logq[u, y] - logp[u, y].detach())
                 term = -A * logp[u, y]
             ratio = torch.exp(logp[u, y] - old)
-            term = term * min(float(ratio.detach()), args.is_clip) * float(b["signal"][i])
+            if args.tis:
+                term = term * min(float(ratio.detach()), args.tis)
+            term = term * float(b["has_context"][i])
             if args.lam:
                 A, clipped = float(b["A"][i]), ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
                 share = torch.min(ratio * A, clipped * A)  # Eq. 12
@@ -97,22 +103,21 @@ def brute_force(b, args: sdpo.Args, mix, updates_before: bool):
 def ours(b, args: sdpo.Args, mix, updates_before: bool):
     hidden, weight = b["hidden"].clone().requires_grad_(), b["weight"].clone().requires_grad_()
     each = lambda x: x.double().repeat_interleave(b["lengths"])
-    w = sdpo.token_weights(b["lengths"][None].double(), b["signal"][None] | (args.lam > 0), args)[0]
-    batch = sdpo.Tokens(weight=each(w), signal=each(b["signal"]), advantage=each(b["A"]),
-                        sampler_logp=b["base"] + b["sampler"], old_logp=b["base"] + b["old"] if updates_before else None,
-                        rollout=torch.arange(len(b["lengths"])).repeat_interleave(b["lengths"]))
-
-    class Micro:
-        targets = b["targets"]
-
-    total, _ = sdpo.head(Micro, batch, b["teacher"][: len(mix)], mix, args)(hidden, weight)
+    w = sdpo.token_weights(b["lengths"][None].double(), b["has_context"][None] | (args.lam > 0), args)[0]
+    inputs = sdpo.Inputs(weight=each(w), has_context=each(b["has_context"]), advantage=each(b["A"]),
+                         sampler_logp=b["base"] + b["sampler"],
+                         old_logp=b["base"] + b["old"] if updates_before else None,
+                         rollout=torch.arange(len(b["lengths"])).repeat_interleave(b["lengths"]))
+    total, _ = policy_loss(hidden, weight, b["targets"], partial(sdpo.loss, args=args), inputs,
+                           b["teacher"][: len(mix)], teacher_mix=mix, divergence=sdpo.divergence(args),
+                           per_response=args.granularity == "sequence")
     total.backward()
     return total.detach(), hidden.grad, weight.grad
 
 
 ARMS = [{}, {"kl": "reverse"}, {"kl": "forward"}, {"top_k": 3}, {"kl": "reverse", "top_k": 2}, {"kl": "forward", "top_k": 4},
-        {"granularity": "token", "kl": "reverse"}, {"granularity": "sampled"}, {"granularity": "sequence"},
-        {"lam": 0.9, "kl": "reverse"}, {"mean": "sequence"}, {"tis": 0.0, "is_clip": 1.2}, {"kl": "reverse", "adv_clip": 0.3}]
+        {"granularity": "token", "kl": "reverse"}, {"granularity": "sampled", "kl": "reverse"}, {"granularity": "sequence", "kl": "reverse"},
+        {"lam": 0.9, "kl": "reverse"}, {"mean": "sequence"}, {"tis": 0.0}, {"tis": 1.2}, {"kl": "reverse", "adv_clip": 0.3}]
 
 
 @pytest.mark.parametrize("updates_before", [False, True])
@@ -165,10 +170,19 @@ def test_the_semi_gradient_is_proposition_2_1s_expectation():
     torch.testing.assert_close(got[0], expected, rtol=1e-10, atol=1e-14)
 
 
+def group_of(*judged: tuple[float, str, str], question: str = "question") -> Group:
+    """Responses as (reward, text, feedback)."""
+    rollouts = [Rollout([1], [2, 3], [-0.1] * 2, "stop", text) for _, text, _ in judged]
+    verdicts = [Verdict(reward, feedback) for reward, _, feedback in judged]
+    return Group(Problem(question, [{"role": "user", "content": question}]), rollouts, verdicts)
+
+
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=10), st.integers(0, 99))
 @settings(deadline=None)
 def test_a_sibling_is_another_success_or_none(rewards, seed):
-    for i, j in enumerate(sdpo.choose_siblings(rewards, random.Random(seed))):
+    group, rng = group_of(*[(float(r), "", "") for r in rewards]), random.Random(seed)
+    for i in range(len(rewards)):
+        j = sdpo.choose_sibling(group, i, rng)
         if j is None:
             assert not [k for k, r in enumerate(rewards) if r == 1 and k != i]
         else:
@@ -180,7 +194,7 @@ def test_a_sibling_is_another_success_or_none(rewards, seed):
     ("solution", None, "fb", []), ("feedback", "sol", "fb", ["fb"]), ("feedback", "sol", "", []), ("both", None, "", [])])
 def test_contexts_and_the_order_of_their_fields(which, solution, feedback, expected):
     problem = Problem("p", [{"role": "system", "content": "s"}, {"role": "user", "content": "question"}])
-    messages = sdpo.context(problem, solution, feedback, sdpo.Args(context=which))
+    messages = sdpo.teacher_chat(problem, solution, feedback, sdpo.Args(context=which))
     if not expected:
         assert messages is None
         return
@@ -193,23 +207,23 @@ def test_contexts_and_the_order_of_their_fields(which, solution, feedback, expec
 
 def test_thoughts_are_cut_from_demonstrations():
     problem = Problem("p", [{"role": "user", "content": "q"}])
-    text = sdpo.context(problem, "<think>long\nthought</think>\nanswer 5", None, sdpo.Args())[-1]["content"]
+    text = sdpo.teacher_chat(problem, "<think>long\nthought</think>\nanswer 5", None, sdpo.Args())[-1]["content"]
     assert "thought" not in text and "answer 5" in text
 
 
 def test_an_average_moves_by_one_percent_of_the_student_in_fp32(one_process):
     """α = 0.01 of a difference that bf16 cannot hold: weights near 1 and a step of 2e-4."""
-    teacher, student = (load_policy(CHAIN, torch.device("cpu")) for _ in range(2))
+    teacher, student = (load_policy(CHAIN, torch.device("cpu"), Setup()) for _ in range(2))
     before = {n: w.clone() for n, w in full_weights(teacher)}
     with torch.no_grad():
         for p in student.parameters():
             p.to_local().add_(2e-4)
-    blend(teacher, student, 0.01)
+    ema_update(teacher, student, 0.01)
     for n, w in full_weights(teacher):
         assert w.dtype == torch.float32
         torch.testing.assert_close(w, before[n] + 2e-6, rtol=0, atol=2.5e-7)
         assert (w != before[n]).float().mean() > 0.9
-    blend(teacher, student, 1.0)
+    ema_update(teacher, student, 1.0)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(full_weights(teacher), full_weights(student)))
 
 
@@ -223,21 +237,22 @@ def run(out, *flags):
 
 @pytest.mark.parametrize("flags", [[], ["--minibatches", "2", "--lam", "0.9", "--top_k", "20", "--kl", "jsd"]], ids=["demo", "many"])
 def test_a_resume_includes_the_teacher_bitwise(flags, tmp_path):
-    run(tmp_path, "--steps", "4", "--name", "whole", *flags)
-    run(tmp_path, "--steps", "3", "--name", "parts", *flags)
-    run(tmp_path, "--steps", "4", "--name", "parts", "--resume", "auto", *flags)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
-    from_start, from_student = teacher_gaps(tmp_path / "parts", 4)
+    flags = ["--steps", "3", "--save_every", "2", *flags]
+    run(tmp_path, *flags, "--name", "whole")
+    parts = interrupted(tmp_path / "whole", "parts", 2)
+    run(tmp_path, *flags, "--name", "parts", "--resume", "auto")
+    assert_same_run(tmp_path / "whole", parts, 3)
+    from_start, from_student = teacher_gaps(parts, 3)
     assert from_start > 0 and from_student > 0
-    row = metrics(tmp_path / "whole")[0]
+    row = metrics(parts)[0]
     assert {"context/solution", "context/feedback", "context/none", "kl/right", "kl/wrong", "teacher/accuracy",
             "teacher/entropy"} <= row.keys()
 
 
 @pytest.mark.parametrize("teacher", ["trust_region", "frozen", "live"])
 def test_every_teacher_trains(teacher, tmp_path):
-    run(tmp_path, "--steps", "2", "--name", "r", "--teacher", teacher)
-    assert metrics(tmp_path / "r")[1]["grad_norm"] > 0
+    run(tmp_path, "--steps", "1", "--name", "r", "--teacher", teacher)
+    assert metrics(tmp_path / "r")[0]["grad_norm"] > 0
 
 
 def test_a_group_without_success_or_feedback_has_no_loss_and_is_counted(tmp_path):
@@ -246,18 +261,51 @@ def test_a_group_without_success_or_feedback_has_no_loss_and_is_counted(tmp_path
     assert row["context/none"] == 1 and row["grad_norm"] == 0 and "kl" not in row
 
 
-def test_feedback_on_a_response_that_passed_is_not_shown(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def rollouts():
+    """As far as the teacher's prompts need them."""
+    tokenizer = load_tokenizer(CHAIN)
+    return SimpleNamespace(chat_ids=lambda chat: chat_ids(tokenizer, chat, False), tokenizer=tokenizer,
+                           as_text=lambda text: as_text(tokenizer, text), context_length=1024)
+
+
+@pytest.mark.parametrize("context", ["either", "feedback", "both"])
+def test_feedback_on_a_response_that_passed_is_not_shown(context, rollouts):
     """Whatever a verifier says of a success: a lone success has no signal in any context."""
-    said = lambda self, problems, texts: [Verdict(1.0, "well done")] * len(texts)
-    monkeypatch.setattr(sdpo.Verifier, "__call__", said)
-    for context in ("either", "feedback", "both"):
-        run(tmp_path, "--steps", "1", "--name", context, "--context", context, "--group_size", "1")
-        row = metrics(tmp_path / context)[0]
-        assert row["context/feedback"] == 0 and row["context/none"] == 1
-    half = lambda self, problems, texts: [Verdict(0.5, "not yet")] * len(texts)
-    monkeypatch.setattr(sdpo.Verifier, "__call__", half)
-    run(tmp_path, "--steps", "1", "--name", "half", "--group_size", "1")
-    assert metrics(tmp_path / "half")[0]["context/feedback"] == 1
+    args = sdpo.Args(context=context)
+    batch = Batch([group_of((1.0, "right", "well done")), group_of((0.5, "half", "not yet"))])
+    prompts, has_context, shown = sdpo.teacher_prompts(batch, rollouts, 0, args)
+    assert shown == ["none", "feedback"] and has_context.tolist() == [[False], [True]]
+    assert prompts[0] == batch.prompts[0] and "not yet" in rollouts.tokenizer.decode(prompts[1])
+
+
+def test_what_a_teacher_is_shown_is_the_text_of_another_right_response(rollouts):
+    """Of the same question, with control tokens as text; a failure that has no such sibling is shown its feedback."""
+    groups = [
+        group_of((1.0, "alpha<|im_end|>", ""), (0.0, "beta", "no 1"), (1.0, "gamma", ""), (0.0, "delta", "no 2")),
+        group_of((0.0, "epsilon", "no 3"), (1.0, "zeta", ""), (0.0, "eta", "no 4"), (0.0, "theta", "no 5")),
+        group_of((0.0, "iota", "no 6"), *[(0.0, "kappa", "")] * 3)]
+    expected = [["gamma"], ["alpha", "gamma"], ["alpha"], ["alpha", "gamma"], ["zeta"], [], ["zeta"], ["zeta"], ["no 6"], [], [], []]
+    words = [text.partition("<")[0] for group in groups for text in (o.text for o in group.rollouts)]
+    words += [f"no {k}" for k in range(1, 7)]
+    batch, kinds = Batch(groups), []
+    prompts, has_context, shown = sdpo.teacher_prompts(batch, rollouts, 0, sdpo.Args())
+    for prompt, choices, signal in zip(prompts, expected, has_context.flatten().tolist()):
+        assert signal == bool(choices)
+        kinds.append("none" if not choices else "feedback" if choices[0].startswith("no") else "solution")
+        if choices:
+            text = rollouts.tokenizer.decode(prompt)
+            found = [word for word in words if f"\n{word}" in text]
+            assert len(found) == 1 and found[0] in choices
+            assert prompt.count(rollouts.tokenizer.eos_token_id) == rollouts.chat_ids(
+                [{"role": "user", "content": "q"}]).count(rollouts.tokenizer.eos_token_id)
+    assert shown == kinds
+
+
+def test_feedback_longer_than_the_context_is_an_error_in_words(rollouts):
+    batch = Batch([group_of((0.0, "a", "wrong " * 2000))])
+    with pytest.raises(SystemExit, match="more than the model's context of 1024"):
+        sdpo.teacher_prompts(batch, rollouts, 0, sdpo.Args())
 
 
 @pytest.mark.parametrize("lam", [0.5, 0.9])
@@ -268,8 +316,8 @@ def test_no_log_ratio_overflows_the_loss_or_its_gradient(lam):
         logp, zeros = x.clone().requires_grad_(), torch.zeros_like(x)
         token = TokenStats(*[zeros] * len(TokenStats._fields))._replace(logp=logp)
         one, rollout = torch.ones_like(x), zeros.long()
-        batch = sdpo.Tokens(one, zeros, A * one, zeros, zeros, rollout)
-        value = sdpo.loss(token, batch, sdpo.Args(lam=lam))
+        inputs = sdpo.Inputs(one, zeros, A * one, zeros, zeros, rollout)
+        value = sdpo.loss(token, inputs, sdpo.Args(lam=lam))
         grad, = torch.autograd.grad(value.sum(), logp)
         assert value.isfinite().all() and grad.isfinite().all()
         for u, ratio in enumerate(map(math.exp, x.clamp(max=20).tolist())):
@@ -279,62 +327,3 @@ def test_no_log_ratio_overflows_the_loss_or_its_gradient(lam):
             if x[u] <= 20:
                 expected = -lam * min(ratio * A, clipped * A)
                 assert value[u].item() == pytest.approx(expected, rel=1e-5, abs=1e-30)
-
-
-def test_feedback_longer_than_the_context_is_an_error_in_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(sdpo.Verifier, "__call__", lambda self, problems, texts: [Verdict(0.0, "wrong " * 2000)] * len(texts))
-    with pytest.raises(SystemExit, match="exceed the model's context of 1024"):
-        run(tmp_path, "--steps", "1", "--name", "r")
-    torch.distributed.destroy_process_group()
-
-
-def test_discovery_counts_attempts_up_to_k():
-    low, mean, high = sdpo.discovery([5, None, 20, 7], 7)
-    assert mean == 0.5 and 0 <= low <= mean <= high <= 1
-    assert sdpo.discovery([1, 2], 2) == (1.0, 1.0, 1.0)
-
-
-def test_test_time_training_leaves_its_discoveries(tmp_path):
-    run(tmp_path, "--name", "tt", "--test_time", "--task", "chain:7", "--questions", "2", "--seeds", "1", "--budget", "8",
-        "--batch_size", "1", "--max_tokens", "80")
-    found = json.loads((tmp_path / "tt" / "discovery.json").read_text())
-    assert found["budget"] == 8 and found["solved_at"].keys() == {"SDPO", "best-of-k", "multi-turn"}
-    assert all(len(times) == 2 and all(t is None or 1 <= t <= 8 for t in times) for times in found["solved_at"].values())
-    assert (tmp_path / "tt" / "discovery.png").exists()
-
-
-def test_what_a_teacher_is_shown_is_the_text_of_another_right_response(tmp_path, monkeypatch):
-    shown, real = [], sdpo.context
-    monkeypatch.setattr(sdpo, "context", lambda p, solution, *rest: (shown.append((p.id, solution)), real(p, solution, *rest))[1])
-    run(tmp_path, "--steps", "1", "--name", "r")
-    rows = [json.loads(line) for line in (tmp_path / "r" / "rollouts.jsonl").read_text().splitlines()]  # of the first groups
-    demonstrated = 0
-    for k, row in enumerate(rows):
-        others = [r["response"] for j, r in enumerate(rows) if j != k and r["id"] == row["id"] and r["reward"] == 1]
-        assert shown[k][0] == row["id"] and (shown[k][1] in others if others else shown[k][1] is None)
-        demonstrated += bool(others) and row["reward"] < 1
-    assert demonstrated > 0
-
-
-def test_test_time_training_learns_between_rounds_and_forgets_between_problems(tmp_path):
-    """An unsolved problem is learnt on after every round but the last; weights go back before each trial and after all."""
-    did: list[str] = []
-
-    class FakeRun:
-        folder, stopping = tmp_path, False
-        steps = staticmethod(range)
-        due = say = staticmethod(lambda *_: None)
-        log = staticmethod(lambda step, row, rollouts: did.append(f"log {step}"))
-
-    def judged(problems, n, seed, keys):
-        return [sdpo.Group(p, [None] * n, [Verdict(0.0, f"no {key}")] * n) for p, key in zip(problems, keys)]
-
-    problems = [Problem(str(i), [{"role": "user", "content": "q"}]) for i in range(3)]
-    args = sdpo.Args(group_size=4, budget=12, questions=2, seeds=1)
-    sdpo.discover(args, FakeRun, problems, judged, lambda ps, said, n: judged(ps, 4, (), range(len(ps))),
-                  lambda groups, step, metrics: did.append(f"learn {step} on {len(groups)}"), lambda: did.append("reset"))
-    trial = ["learn 0 on 1", "log {}", "learn 1 on 1", "log {}"]
-    assert did == ["reset", *[x.format(i // 2) for i, x in enumerate(trial)], "reset",
-                   *[x.format(2 + i // 2) for i, x in enumerate(trial)], "reset"]
-    assert json.loads((tmp_path / "discovery.json").read_text())["solved_at"] == {
-        m: [None, None] for m in ("SDPO", "best-of-k", "multi-turn")}

@@ -1,27 +1,23 @@
 """sdzero.py: the weighted likelihood of phase 1, the KL of phase 2 against brute force, traces that survive a kill."""
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAIN, ROOT
+from conftest import CHAIN, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import assert_same_run, metrics, weights
 
 import sdzero
+from common import checkpoints
 from common.chat import load_tokenizer
-from common.run import parse
 from common.sampler import Rollout
-from common.tasks import load_task
-from common.verifiers import REVISIONS, final_part
-from kernels.head import head_loss
+from common.settings import parse
+from common.tasks import Problem, load_task
+from common.verifiers import REVISIONS, Verifier, final_part
 
 V, D = 9, 4
 f64 = dict(dtype=torch.float64)
@@ -43,8 +39,8 @@ def test_one_weighted_forward_is_both_likelihoods(terms, one_process):
     targets = torch.randint(0, V, (T,), generator=g)
     h1, w1 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     share = sdzero.token_share([T], "sum")
-    batch = sdzero.Tokens(torch.tensor(sdzero.trace_weights(trace, terms), **f64) * share)
-    total, _ = head_loss(sdzero.srt_loss, h1, w1, targets, batch)
+    inputs = sdzero.Inputs(torch.tensor(sdzero.trace_weights(trace, terms), **f64) * share)
+    total, _ = policy_loss(h1, w1, targets, sdzero.srt_loss, inputs)
     total.backward()
     h2, w2 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     logp = torch.log_softmax(h2 @ w2.T, -1)[torch.arange(T), targets]
@@ -64,13 +60,11 @@ def test_equation_4_equals_brute_force(flags, one_process):
     T = sum(lengths)
     hidden, teacher_hidden = (torch.randn(T, D, generator=g, **f64) for _ in range(2))
     head, teacher_head = (torch.randn(V, D, generator=g, **f64) for _ in range(2))
-
-    class Micro:
-        targets = torch.randint(0, V, (T,), generator=g)
-
+    targets = torch.randint(0, V, (T,), generator=g)
     h1, w1 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    batch = sdzero.Tokens(torch.full((T,), sdzero.token_share(lengths, args.mean), **f64))
-    total, _ = sdzero.head(Micro, batch, (teacher_hidden, teacher_head), args)(h1, w1)
+    inputs = sdzero.Inputs(torch.full((T,), sdzero.token_share(lengths, args.mean), **f64))
+    total, _ = policy_loss(h1, w1, targets, sdzero.loss, inputs, [(teacher_hidden, teacher_head)],
+                           divergence=sdzero.divergence(args), temperature=args.temperature)
     total.backward()
     h2, w2 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     zs, zt = h2 @ w2.T / args.temperature, teacher_hidden @ teacher_head.T / args.temperature
@@ -90,11 +84,12 @@ def test_equation_4_equals_brute_force(flags, one_process):
 def test_the_end_token_of_the_first_copy_is_stripped_and_of_the_second_kept():
     tokenizer = load_tokenizer(CHAIN)
     end = tokenizer.eos_token_id
+    rollouts = SimpleNamespace(tokenizer=tokenizer, ends=[end])
     stopped, cut = Rollout([7, 8], [5, 6, end], [0.0] * 3, "stop", ""), Rollout([7, 8], [5, 6], [0.0] * 2, "length", "")
     for r in (0, 1):
         control = tokenizer.encode(f"\n\n{sdzero.CONTROL[r]}\n\n", add_special_tokens=False)
-        assert sdzero.reviser_prompt(stopped, r, tokenizer, [end]) == [7, 8, 5, 6, *control]
-        assert sdzero.reviser_prompt(cut, r, tokenizer, [end]) == [7, 8, 5, 6, *control]
+        assert sdzero.reviser_prompt(stopped, r, rollouts) == [7, 8, 5, 6, *control]
+        assert sdzero.reviser_prompt(cut, r, rollouts) == [7, 8, 5, 6, *control]
         assert end not in control
     assert stopped.response_ids[-1] == end  # what the teacher is made to say again is left as it is
 
@@ -107,7 +102,7 @@ def test_the_answer_is_taken_after_the_last_control_phrase():
     wrong, right = "I think \\boxed{4}.", "It is \\boxed{5}."
     text = f"{wrong}\n\n{sdzero.CONTROL[0]}\n\n{right}\n\n{sdzero.CONTROL[1]}\n\nSo 5 it is."
     assert final_part(text).strip() == "So 5 it is." and final_part(wrong) == wrong
-    verifier, problem = sdzero.Verifier(1), sdzero.Problem("p", [], answer="5")
+    verifier, problem = Verifier(1), Problem("p", [], answer="5")
     responses = [f"{right}\n\n{sdzero.CONTROL[0]}\n\nIt is six.", f"{wrong}\n\n{sdzero.CONTROL[0]}\n\nThe answer is 5", wrong]
     rewards = [v.reward for v in verifier([problem] * 3, responses)]
     verifier.close()
@@ -152,111 +147,23 @@ def test_the_demo_keeps_its_even_mix():
     assert parse(sdzero.Args, sdzero.presets, []).wrong_share is None
 
 
-def table(text: str) -> dict[str, list[float]]:
-    """The numbers of a budget table by the names of its rows."""
-    found = {}
-    for line in text.splitlines():
-        row = re.fullmatch(r"(start|SRT|RFT|SFT|SRT \+ SD|SD only)((?: +(?:[\d.,]+|nan)){4})", line)
-        if row:
-            found[row[1]] = [float(x) for x in row[2].replace(",", "").split()]
-    return found
+ROLES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
+NAMES = "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}"
 
 
-SPENT = {"budget/generations": 5, "budget/sampled_tokens": 40, "budget/loss_tokens": 80}
-BATCHES = [dict(generations=8, sampled_tokens=70), dict(generations=4, sampled_tokens=30)]
-
-
-@pytest.mark.parametrize("baseline, name", [("", "SRT"), ("rft", "RFT"), ("sft", "SFT")])
-def test_phase_1_of_the_budget_has_its_own_name_and_counts_one_pass(baseline, name):
-    """By hand: two traces of 3 + 2 + 4 tokens, y_rev in both terms, so 13 each."""
-    args = sdzero.Args(baseline=baseline, srt_epochs=3)
-    history = [{"step": 0, "heldout/pass@1": 0.25, "budget/loss_tokens": 13},
-               {"step": 1, "budget/loss_tokens": 13}, {"step": 2, "heldout/pass@1": 0.5}]
-    text = sdzero.budget_table(args, history, BATCHES, [some_trace()] * 2, 2, 2)
-    assert table(text) == {"start": [0, 0, 0, 0.25], name: [12, 100, 26, 0.5]}
-    assert f"Loss tokens of {name}: of one pass over its traces; the run made 3 passes." in text
-
-
-def test_the_budget_counts_all_that_led_to_a_score():
-    history = [{"step": 0, "heldout/pass@1": 0.25}, {"step": 2, "heldout/pass@1": 0.5, **SPENT},
-               {"step": 3, **SPENT}, {"step": 4, "heldout/pass@1": 0.75}]
-    text = sdzero.budget_table(sdzero.Args(), history, BATCHES, [some_trace()] * 2, 2, 4)
-    assert table(text) == {"start": [0, 0, 0, 0.25], "SRT": [12, 100, 26, 0.5],
-                           "SRT + SD": [22, 180, 186, 0.75]}
-
-
-@pytest.mark.parametrize("terms, counted", [("both", 26), ("generation", 18), ("revision", 8)])
-def test_the_budget_counts_the_tokens_of_each_term(terms, counted):
-    text = sdzero.budget_table(sdzero.Args(terms=terms), [], BATCHES, [some_trace()] * 2, 1, 1)
-    assert table(text)["SRT"][2] == counted
-
-
-def test_phase_2_alone_has_a_row_of_its_own():
-    history = [{"step": 0, "heldout/pass@1": 0.25, **SPENT}, {"step": 1, "heldout/pass@1": 0.5}]
-    text = sdzero.budget_table(sdzero.Args(phase="sd"), history, [], [], 0, 1)
-    assert table(text) == {"start": [0, 0, 0, 0.25], "SD only": [5, 40, 80, 0.5]}
-    assert "one pass" not in text
-
-
-PAPERS_KEYWORDS = """wait
-hold on
-actually
-on second thought
-let me recheck
-let's recheck
-let me check
-let's check
-let me recalculate
-let's recalculate
-let me correct
-my mistake
-i made a mistake
-this is wrong
-that is wrong
-that's wrong
-incorrect
-re-evaluate
-let's re-evaluate
-let me rethink
-let's rethink
-let me double check
-let's double check
-wait a minute
-let me start over
-let me try again
-oops""".splitlines()
-
-
-def test_the_phrases_of_self_revision_are_the_papers_27():
-    assert sorted(sdzero.KEYWORDS) == sorted(PAPERS_KEYWORDS) and len(PAPERS_KEYWORDS) == 27
-    for phrase in PAPERS_KEYWORDS:
-        assert sdzero.speaks_of_revision(f"So 5. {phrase.capitalize()}, 6.")
-        assert sdzero.speaks_of_revision(phrase.replace("'", "’"))
-
-
-@pytest.mark.parametrize("text", [
-    sdzero.CONTROL[1], "Loops await the waiter.", "The factually correct answer", "re-evaluated"])
-def test_rephrasing_and_parts_of_words_are_no_self_revision(text):
-    assert not sdzero.speaks_of_revision(text)
-
-
-def test_starting_over_is_self_revision():
-    """The paper's list has two phrases of its own P_0, so it counts."""
-    assert sdzero.speaks_of_revision(sdzero.CONTROL[0])
-
-
-TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
-
-
-@pytest.mark.parametrize("end, expected", [
-    ("<|im_end|>", "<|im_end|>"), ("\n <|im_end|>\n", "<|im_end|>"), ("", "<|endoftext|>"),
-    ("\n", "<|endoftext|>"), (" stop", "<|endoftext|>")])
-def test_an_answer_of_the_data_ends_as_the_template_ends_a_turn(end, expected):
-    """Also if the tokenizer's eos is another token. If the template ends no turn, it is the eos."""
+@pytest.mark.parametrize("template, end, expected", [
+    (ROLES, "<|im_end|>", "<|im_end|>"), (ROLES, "\n <|im_end|>\n", "<|im_end|>"), (NAMES, "<|im_end|>", "<|im_end|>"),
+    (NAMES, "", "<|endoftext|>"), (NAMES, "\n", "<|endoftext|>"), (NAMES, " stop", "<|endoftext|>"),
+    (ROLES, "", "<|im_start|>"), (ROLES, "\n", "<|im_start|>")])
+def test_an_answer_of_the_data_ends_as_the_template_ends_a_turn(template, end, expected):
+    """Also if the tokenizer's eos is another token. If the template ends no turn, the next one's token does (as with
+    GLM-4), and if there is none, it is the eos."""
     tokenizer = load_tokenizer(CHAIN)
     tokenizer.eos_token = "<|endoftext|>"
-    tokenizer.chat_template = TURNS.replace("END", end)
-    assert sdzero.turn_end(tokenizer) == tokenizer.convert_tokens_to_ids(expected)
+    tokenizer.chat_template = template.replace("END", end)
+    rollouts = SimpleNamespace(tokenizer=tokenizer, ends=[tokenizer.eos_token_id], chat_ids=lambda messages: [7])
+    trace = sdzero.given_solution(Problem("p", [], answer="2", solution="1+1=2"), rollouts)
+    assert trace.revised_ids[-1] == tokenizer.convert_tokens_to_ids(expected) and trace.right
 
 
 def test_the_mix_is_even_where_there_is_enough():
@@ -272,18 +179,17 @@ def test_the_schedule_of_phase_1_warms_up_and_ends_at_zero():
     assert all(a <= b for a, b in zip(lr[:10], lr[1:10])) and all(a >= b for a, b in zip(lr[10:], lr[11:]))
 
 
-@given(st.lists(st.floats(0, 10), min_size=20, max_size=200))
-@settings(deadline=None)
-def test_self_localisation_sorts_and_keeps_the_mean(kl):
-    found = sdzero.localisation(torch.tensor(kl, **f64))
-    assert len(found) == 20 and all(a >= b - 1e-12 for a, b in zip(found, found[1:]))
-    if len(kl) % 20 == 0:
-        assert sum(found) / 20 == pytest.approx(sum(kl) / len(kl), abs=1e-9)
+SMALL = ["--demo", "--model", CHAIN, "--heldout", "8", "--srt_questions", "16", "--kept_traces", "24", "--srt_batch", "8",
+         "--srt_epochs", "1", "--sd_questions", "16", "--batch_size", "8", "--eval_every", "3", "--max_tokens", "64"]
 
 
-SMALL = ["--demo", "--model", CHAIN, "--heldout", "8", "--srt_questions", "16", "--collect_batch", "4", "--kept_traces", "24",
-         "--srt_batch", "8", "--srt_epochs", "1", "--sd_questions", "24", "--batch_size", "8", "--eval_every", "3",
-         "--max_tokens", "96"]
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    """A collection of several batches, and every checkpoint kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdzero, "COLLECT_BATCH", 4)
+        patch.setattr(checkpoints, "KEPT", 100)
+        yield
 
 
 def run(out, *flags):
@@ -291,9 +197,9 @@ def run(out, *flags):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, small_batches):
     out = tmp_path_factory.mktemp("whole")
-    run(out, "--name", "whole", "--rounds", "2", "--save_every", "1", "--keep", "100")
+    run(out, "--name", "whole", "--rounds", "2", "--save_every", "1")
     return out / "whole"
 
 
@@ -304,11 +210,11 @@ def updates(folder) -> int:
 def test_both_phases_run_and_report(whole):
     rows = metrics(whole)
     n = updates(whole)
-    assert n >= 1 and sum(row.get("phase") == 2 for row in rows) == 6  # 24 questions by 8, twice
+    assert n >= 1 and sum(row.get("phase") == 2 for row in rows) == 4  # 16 questions by 8, twice
     assert {"srt/loss", "budget/loss_tokens"} <= rows[0].keys()
     assert {"kl/right", "kl/wrong", "teacher/copies_wrong", "teacher/entropy", "revise/pass@1", "heldout/length",
-            "heldout/keyword_rate", "budget/sampled_tokens"} <= rows[n].keys()
-    assert (whole / "self_localisation.png").exists() and (whole / "traces.jsonl").exists()
+            "budget/sampled_tokens"} <= rows[n].keys()
+    assert (whole / "traces.jsonl").exists()
 
 
 def test_the_phases_never_share_a_question(whole):
@@ -336,7 +242,7 @@ def test_the_teacher_is_the_student_after_phase_1_and_after_a_sync_bitwise(whole
         dcp_to_torch_save(whole / "checkpoints" / f"step_{step:06d}" / "state", out)
         return torch.load(out, weights_only=False)["teacher"]
 
-    for at, copied_from in ((n + 1, n), (n + 3, n), (n + 4, n + 3), (n + 6, n + 3)):
+    for at, copied_from in ((n + 1, n), (n + 2, n), (n + 3, n + 2), (n + 4, n + 2)):
         student = weights(whole, copied_from)
         found = teacher(at)
         assert all(torch.equal(found[f"lm.{name}"], w) for name, w in student.items() if f"lm.{name}" in found), at
@@ -347,50 +253,54 @@ def test_the_teacher_is_the_student_after_phase_1_and_after_a_sync_bitwise(whole
 def test_a_resume_in_either_phase_is_bitwise(stop, whole, tmp_path):
     """From a checkpoint in phase 1, at the boundary, and in phase 2, to the end of the undisturbed run."""
     n = updates(whole)
-    step = {"srt": 1, "boundary": n, "sd": n + 2}[stop]
+    step = {"srt": 1, "boundary": n, "sd": n + 1}[stop]
     target = tmp_path / "whole"
     target.mkdir()
     for name in ("traces.jsonl", "metrics.jsonl", "rollouts.jsonl"):
         (target / name).write_bytes((whole / name).read_bytes())
     checkpoint = whole / "checkpoints" / f"step_{step:06d}"
     run(tmp_path, "--name", "whole", "--rounds", "2", "--resume", str(checkpoint))
-    assert_same_run(whole, target, n + 6)
+    assert_same_run(whole, target, n + 4)
 
 
-def test_a_kill_in_the_middle_of_the_collection_goes_on_where_it_stopped(whole, tmp_path):
-    command = [sys.executable, "sdzero.py", *SMALL, "--out", str(tmp_path), "--name", "killed", "--phase", "srt", "--resume", "auto"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    path, deadline = tmp_path / "killed" / "traces.jsonl", time.time() + 120
-    while time.time() < deadline and not (path.exists() and b'"batch"' in path.read_bytes()):
-        assert process.poll() is None, "the run ended before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+def test_a_kill_in_the_middle_of_the_collection_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
+    """The batches that are done are on the disk, and are not sampled again."""
+    asked, real = [], sdzero.collect_batch
+
+    def killed_in_the_third(problems, keys, *rest):
+        asked.append(keys[0])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(problems, keys, *rest)
+
+    monkeypatch.setattr(sdzero, "collect_batch", killed_in_the_third)
+    flags = ["--name", "killed", "--phase", "srt", "--srt_epochs", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *flags)
+    torch.distributed.destroy_process_group()
+    path = tmp_path / "killed" / "traces.jsonl"
     kept = path.read_bytes()
+    assert kept.count(b'"batch"') == 2
     with open(path, "ab") as f:  # what a kill in the middle of an append leaves
         f.write(json.dumps(some_trace()._asdict()).encode() + b'\n{"id": "half a li')
-    run(tmp_path, "--name", "killed", "--phase", "srt", "--resume", "auto")
+    run(tmp_path, *flags, "--resume", "auto")
+    assert asked == [0, 4, 8, 8, 12]
     assert path.read_bytes().startswith(kept) and path.read_bytes() == (whole / "traces.jsonl").read_bytes()
 
 
-def test_traces_of_another_run_are_used_as_they_are(whole, tmp_path, capsys):
-    """And what they cost is in the budget."""
+def test_traces_of_another_run_are_used_as_they_are(whole, tmp_path):
     run(tmp_path, "--name", "again", "--phase", "srt", "--traces", str(whole / "traces.jsonl"))
-    batches = sdzero.read_traces(whole / "traces.jsonl")[1]
-    cost = [sum(b[key] for b in batches) for key in ("generations", "sampled_tokens")]
-    assert table(capsys.readouterr().out)["SRT"][:2] == cost and cost[0] == 64
     n = updates(whole)
     a, b = weights(tmp_path / "again", n), weights(whole, n)
     assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path / "again" / "traces.jsonl").exists()
 
 
 @pytest.mark.parametrize("baseline", ["rft", "sft"])
-def test_baselines_train_on_their_own_data(baseline, tmp_path, capsys):
+def test_baselines_train_on_their_own_data(baseline, tmp_path):
     run(tmp_path, "--name", baseline, "--phase", "srt", "--baseline", baseline)
     traces, batches, _ = sdzero.read_traces(tmp_path / baseline / "traces.jsonl")
     assert all(not t.init_ids and not t.control_ids for t in traces) and metrics(tmp_path / baseline)[0]["grad_norm"] > 0
     assert sum(b["generations"] for b in batches) == (64 if baseline == "rft" else 0)
-    out = capsys.readouterr().out
-    assert f"\n{baseline.upper()} " in out and "\nSRT" not in out
 
 
 def test_phase_2_alone_starts_from_the_model_as_it_is(tmp_path):
@@ -398,9 +308,9 @@ def test_phase_2_alone_starts_from_the_model_as_it_is(tmp_path):
     from transformers import AutoModelForCausalLM
 
     run(tmp_path, "--name", "sd", "--phase", "sd", "--lr", "0")
-    assert [row["phase"] for row in metrics(tmp_path / "sd")[:-1]] == [2, 2, 2]
+    assert [row["phase"] for row in metrics(tmp_path / "sd")[:-1]] == [2, 2]
     start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
-    assert all(torch.equal(w, start[name]) for name, w in weights(tmp_path / "sd", 3).items())
+    assert all(torch.equal(w, start[name]) for name, w in weights(tmp_path / "sd", 2).items())
 
 
 def test_the_phases_share_no_question_of_a_mixture_either(tmp_path):
@@ -441,16 +351,16 @@ def test_a_checkpoint_under_another_name_does_not_collect_anew(whole, tmp_path):
 
 
 def test_no_right_revision_ends_with_advice(tmp_path):
-    with pytest.raises(SystemExit, match=r"no trace is left.* 0 end right and whole.*raise --revisions"):
+    with pytest.raises(SystemExit, match=r"no trace is left.* 0 of 48 end right.*raise --revisions"):
         run(tmp_path, "--name", "none", "--srt_max_tokens", "2")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--srt_questions", "4000", "--sd_questions", "4000"], "must not share a question"),
+    (["--srt_questions", "4000", "--sd_questions", "4000"], "the phases take 8,000 different questions and there are"),
     (["--baseline", "rft"], "add --phase srt"), (["--traces", "/nowhere.jsonl"], "no such file"),
     (["--max_tokens", "900"], "--max_tokens 900.*read twice"), (["--srt_max_tokens", "900"], "--srt_max_tokens 900.*read twice"),
-    (["--revisions", "0"], "--revisions 0: must lie between 1"), (["--phase", "srt", "--baseline", "rft", "--traces", "t.jsonl"], "leave out --traces")])
+    (["--revisions", "0"], "--revisions 0: must be above 0"), (["--phase", "srt", "--baseline", "rft", "--traces", "t.jsonl"], "leave out --traces")])
 def test_a_mistake_ends_with_one_clear_line(flags, words, tmp_path):
     try:
         with pytest.raises(SystemExit) as error:

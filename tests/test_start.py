@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import types
@@ -16,10 +17,13 @@ import torch
 from conftest import CHAIN
 from test_house import ALGORITHMS
 
-from common import check_hub, run, tasks
-from common.chat import load_tokenizer
+from common import check_hub, checkpoints, rollouts, run, tasks
+from common.chat import chat_ids, load_tokenizer
+from common.log import make_tracker
 from common.policy import check_path
-from common.run import FIXED, FREE, Run, check_settings, make_tracker, meeting_place, parse, unwritable
+from common.rollouts import Rollouts
+from common.run import rendezvous, unwritable
+from common.settings import FIXED, FREE, Setup, check_settings, flat, parse
 
 SMALL = ["--batch_size", "2", "--group_size", "2", "--heldout", "4", "--max_tokens", "16", "--eval_samples", "1",
          "--eval_every", "9"]
@@ -34,7 +38,7 @@ def few_problems():
 
 def args_of(name: str, *flags: str):
     module = importlib.import_module(name)
-    return parse(module.Args, module.presets, ["--demo", "--model", CHAIN, "--workers", "1", *flags])
+    return parse(module.Args, module.presets, ["--demo", "--model", CHAIN, *flags])
 
 
 def start(name: str, *flags: str) -> None:
@@ -68,31 +72,38 @@ def fake_package(monkeypatch, name: str) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
 # ---------------------------------------------------------------------------------------------------------------------
-def numbers(name: str) -> list[tuple[str, object]]:
-    fields = dataclasses.fields(importlib.import_module(name).Args)
-    return [(f.name, f.default) for f in fields if type(f.default) in (int, float)]
+def numbers(part) -> list[tuple[str, object]]:
+    return [(f.name, f.default) for f in dataclasses.fields(part) if type(f.default) in (int, float)]
+
+
+def changed(args, **values):
+    """Settings with other values, wherever they are."""
+    shared = {name: value for name, value in values.items() if name in vars(args.setup)}
+    own = {name: value for name, value in values.items() if name not in shared}
+    return dataclasses.replace(args, **own, setup=dataclasses.replace(args.setup, **shared))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_no_number_may_be_negative_or_infinite_and_no_count_may_be_0(name):
     args = args_of(name)
-    for flag, default in numbers(name):
+    for flag, default in [*numbers(type(args)), *numbers(Setup)]:
         kind = type(default)
         bad = [kind(-1)] if kind is int else [-1.0, math.inf, math.nan]
         if kind is int and default > 0 and flag != "warmup":
             bad.append(0)
         for value in bad:
-            assert f"--{flag} {value}" in refusal(check_settings, dataclasses.replace(args, **{flag: value}))
+            assert f"--{flag} {value}" in refusal(check_settings, changed(args, **{flag: value}))
     check_settings(args)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--lr", "1"], "--lr 1.0: must lie between 0 and 0.1"), (["--seed", "-1"], "--seed -1: must not be negative"),
-    (["--steps", "0"], "--steps 0: must be at least 1"), (["--top_p", "1.5"], "--top_p 1.5: must lie between"),
-    (["--name", "a/b"], "--name a/b: must be the name of one folder"), (["--name", ".."], "--name ..: must be"),
-    (["--name", "/tmp"], "--name /tmp: must be"), (["--name", "."], "--name .: must be"),
-    (["--out", "~/runs"], "--out ~/runs: the shell left ~"),
-    (["--tensor_parallel", "2"], "share an engine with --sampler vllm alone"),
+    (["--lr", "1"], "--lr 1.0: must be at most 0.1"), (["--seed", "-1"], "--seed -1: must not be negative"),
+    (["--steps", "0"], "--steps 0: must be above 0"), (["--top_p", "1.5"], "--top_p 1.5: a share, at most 1"),
+    (["--name", "a/b"], "--name a/b: must be a folder's name, without slashes"), (["--name", ".."], "--name ..: must be a folder's name"),
+    (["--name", "/tmp"], "--name /tmp: must be a folder's name"), (["--name", "."], "--name .: must be a folder's name"),
+    (["--out", "~/runs"], "--out ~/runs: write ~ out"),
+    (["--tensor_parallel", "2"], "needs --sampler vllm, to share an engine"),
+    (["--lora_alpha", "0"], "--lora_alpha 0.0: must be above 0"),
     (["--track", "trackio"], "--track trackio: the package is not installed; pip install trackio"),
 ], ids=lambda x: "" if isinstance(x, str) else " ".join(x))
 def test_settings_that_make_no_sense_are_refused(flags, words):
@@ -100,7 +111,7 @@ def test_settings_that_make_no_sense_are_refused(flags, words):
 
 
 def test_ranks_that_do_not_divide_into_engines_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "installed", lambda package: True)
+    monkeypatch.setattr("common.settings.installed", lambda package: True)
     said = refusal(start, "grpo", "--dry_run", "--sampler", "vllm", "--tensor_parallel", "2", "--out", str(tmp_path))
     assert "--tensor_parallel 2 does not divide 1 process(es)" in said
 
@@ -124,7 +135,7 @@ def test_processes_without_torchrun_are_refused(env, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert "8 processes were started without torchrun" in refusal(meeting_place)
+    assert "8 processes were started without torchrun" in refusal(rendezvous)
 
 
 @pytest.mark.parametrize("env", [{}, dict(SLURM_PROCID="0", SLURM_NTASKS="1"), dict(SLURM_NTASKS="8"), dict(PMI_SIZE="1")])
@@ -133,7 +144,7 @@ def test_one_process_needs_no_torchrun(env, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert meeting_place()[1:] == (0, 1)
+    assert rendezvous()[1:] == (0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,6 +161,34 @@ def test_a_dry_run_leaves_nothing(tmp_path):
     assert unwritable(tmp_path / "a" / "b") == "" and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_dry_run_says_what_a_step_is_made_of_and_leaves_nothing(name, tmp_path, capsys):
+    flags = ["--srt_questions", "20", "--sd_questions", "20"] if name == "sdzero" else []
+    start(name, "--dry_run", "--out", str(tmp_path / "runs"), "--batch_size", "4", "--heldout", "4", *flags)
+    said = capsys.readouterr().out
+    responses = 4 if name == "sdzero" else 32
+    assert f"4 questions, {responses} responses of at most" in said and "1 update(s); 1 process(es)" in said
+    assert "Qwen3ForCausalLM" in said and "context 1,024 tokens" in said and "4 held out" in said
+    assert re.search(r"memory  per process: 0\.0\d\d GiB", said) and "--eval_every " in said
+    assert "dry run: " in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_a_run_was_given_is_on_disk_before_its_first_step(name, tmp_path, monkeypatch):
+    """All settings by name, as on the command line."""
+    def first_step(self, *bounds):
+        raise SystemExit("error: the first step")
+
+    monkeypatch.setattr(run.Run, "steps", first_step)
+    flags = ["--batch_size", "2", "--heldout", "4", "--save_every", "7"]
+    flags += ["--out", str(tmp_path), "--name", "r"]
+    if name == "sdzero":
+        flags += ["--phase", "sd", "--srt_questions", "20", "--sd_questions", "20"]
+    assert "the first step" in refusal(start, name, *flags)
+    given = json.loads((tmp_path / "r" / "args.json").read_text())
+    assert given == flat(args_of(name, *flags)) and given["save_every"] == 7
+
+
 def test_a_name_that_a_file_has_is_refused(tmp_path):
     (tmp_path / "r").write_text("a file")
     flags = ["--out", str(tmp_path), "--name", "r", "--resume", "auto"]
@@ -163,7 +202,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_refused_before_the_first_ste
     assert not list(tmp_path.glob("*/metrics.jsonl"))
     monkeypatch.setattr(run, "free_bytes", lambda folder: 13 * 2**20)  # one fits, three do not
     start("grpo", *SMALL, "--steps", "1", "--out", str(tmp_path), "--name", "r")
-    assert "it will be full before --keep 2 of them are there" in capsys.readouterr().out
+    assert "it will be full before 2 of them are there" in capsys.readouterr().out
     written = sum(f.stat().st_size for f in (tmp_path / "r" / "checkpoints").rglob("*") if f.is_file())
     assert 11 * 2**20 < written < 13 * 2**20  # so the estimate is right
 
@@ -260,28 +299,39 @@ def test_one_training_question_too_long_for_the_context_is_named_at_start(name, 
     if name == "sdzero":
         flags += ["--srt_questions", "20", "--sd_questions", "6"]
     said = refusal(start, name, *flags, *dry)
-    assert "(long long long" in said and "exceed the model's context of 1024" in said
-    assert "take such problems out of the data (1 here)" in said
+    assert "“long long long" in said and "exceed the model's context of 1024" in said
+    assert "take such problems out of the data" in said
 
 
-def test_a_prompt_of_few_bytes_and_many_tokens_is_found_though_few_are_measured(one_process, monkeypatch):
+@pytest.mark.parametrize("template", [0, 300])
+def test_a_prompt_of_few_bytes_and_many_tokens_is_found_though_few_are_measured(template, monkeypatch):
+    """Also when the template is longer than what a token saves of the bytes."""
     tokenizer, measured = load_tokenizer(CHAIN), []
-    monkeypatch.setattr(run, "chat_ids", lambda *args, f=run.chat_ids: (measured.append(1), f(*args))[1])
+
+    def ids_of(*args) -> list[int]:
+        measured.append(1)
+        return [0] * template + chat_ids(*args)
+
+    monkeypatch.setattr(rollouts, "chat_ids", ids_of)
     texts = ["What is 1+1? " * 60, "7 6 5 4 3 2 1 " * 40, *(f"Compute {i}." for i in range(300))]
     problems = [tasks.Problem(text[:9], [{"role": "user", "content": text}]) for text in texts]
-    many, most = (len(run.chat_ids(tokenizer, p.messages)) for p in problems[:2])
-    assert many < 500 < most
+    chats = [problem.messages for problem in problems]
+    many, most = (len(ids_of(tokenizer, chat)) for chat in chats[:2])
+    assert many < 500 + template < most
     measured.clear()
-    here = types.SimpleNamespace(args=args_of("grpo", "--max_tokens", str(1024 - most)), rank=0, world=1, longest=0)
-    Run.check_lengths(here, tokenizer, problems)
+    here = object.__new__(Rollouts)
+    here.args, here.tokenizer = args_of("grpo", "--max_tokens", str(1024 - most)), tokenizer
+    here.run = types.SimpleNamespace(rank=0, world=1)
+    here.context_length, here.longest = 1024, 0
+    here.check_lengths(chats)
     assert here.longest == 1024 and len(measured) < 5
     here.args.max_tokens += 1
-    said = refusal(lambda: Run.check_lengths(here, tokenizer, problems * 2))
-    assert "problem 7 6 5 4 3 (7 6 5" in said and "(1 here)" in said
+    said = refusal(lambda: here.check_lengths(chats * 2))
+    assert "the problem “7 6 5 4 3" in said and f"a prompt of {most} tokens" in said
 
 
 @pytest.mark.parametrize("name, flags, prompt", [
-    ("hsd", [], "reads a peer"), ("sdpo", [], "reads a sibling's"), ("sdzero", [], "is read twice"),
+    ("sdpo", [], "reads a sibling's"), ("sdzero", [], "is read twice"),
     ("sdzero", ["--srt_max_tokens", "500", "--max_tokens", "64"], "is read twice")])
 def test_a_start_checks_the_teachers_longest_prompt_as_a_dry_run_does(name, flags, prompt, tmp_path):
     """500 and 500 fit the context of 1024, but not beside a question and the teacher's wording."""
@@ -300,9 +350,18 @@ def test_a_teachers_reference_that_is_longer_than_its_question_counts(tmp_path):
         assert "exceed the model's context of 1024" in refusal(start, name, *flags, *more)
 
 
-def test_a_sampler_with_less_room_than_the_model_ends_the_run_at_start(one_process, tmp_path):
-    fake = types.SimpleNamespace(longest=1000, rank=1, args=None)
-    assert "context of 512" in refusal(lambda: Run.begin(fake, context=512))
+def test_a_sampler_with_less_room_than_the_model_ends_the_run_at_start(monkeypatch):
+    engine = types.SimpleNamespace(context=512)
+    monkeypatch.setattr(rollouts, "make_sampler", lambda *args: engine)
+    monkeypatch.setattr(rollouts, "first_sync", lambda *args: None)
+    here = object.__new__(Rollouts)
+    here.args, here.sampler, here.tokenizer = args_of("grpo"), None, load_tokenizer(CHAIN)
+    here.run = types.SimpleNamespace(phase=lambda name: None, device=None)
+    here.task = types.SimpleNamespace(heldout=[tasks.Problem("1", [{"role": "user", "content": "1"}])])
+    here.longest = 513
+    assert "can exceed the 512 tokens that the sampler has room for" in refusal(here.sync, None)
+    here.longest, here.sampler = 512, None
+    here.sync(None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,7 +382,7 @@ def resumed(trained, *flags: str) -> list[str]:
 
 @pytest.mark.parametrize("flags, old, new", [
     (["--lora_rank", "8"], "4", "8"), (["--lora_alpha", "16"], "32.0", "16.0"), (["--seed", "1"], "0", "1"),
-    (["--optimizer_state", "bf16"], "'fp32'", "'bf16'"), (["--task", "chain:4"], "'chain'", "'chain:4'"),
+    (["--task", "chain:4"], "'chain'", "'chain:4'"),
     (["--heldout", "8"], "4", "8"), (["--instruction", "Answer."], "None", "'Answer.'"),
     (["--model", "COPY"], repr(CHAIN), "COPY")], ids=lambda x: x[0] if isinstance(x, list) else "")
 def test_a_resume_with_a_setting_of_another_run_names_both_values(flags, old, new, trained, tmp_path):
@@ -352,14 +411,14 @@ def test_a_damaged_manifest_is_named(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "step_000002")
     (tmp_path / "step_000002" / "manifest.json").write_text('{"trainer.json": ')
     said = refusal(start, "grpo", *resumed(trained, "--resume", str(tmp_path / "step_000002")))
-    assert "manifest.json is missing or changed" in said
+    assert "manifest.json is not JSON" in said
 
 
 def test_a_resume_may_change_the_machine_and_says_what_else_changed(trained, capsys):
     """The same folder of a model under another spelling is the same model."""
     spelled = os.path.relpath(CHAIN, os.getcwd())
     flags = [f for f in resumed(trained) if f != "--dry_run"]
-    start("grpo", *flags, "--model", spelled, "--keep", "1", "--token_budget", "999", "--save_every", "1", "--steps", "3",
+    start("grpo", *flags, "--model", spelled, "--token_budget", "999", "--save_every", "1", "--steps", "3",
           "--lr", "1e-5", "--max_tokens", "8")
     said = capsys.readouterr().out
     assert "resumed from" in said
@@ -369,20 +428,40 @@ def test_a_resume_may_change_the_machine_and_says_what_else_changed(trained, cap
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_settings_that_a_resume_fixes_or_frees_are_settings(name):
-    names = {f.name for f in dataclasses.fields(importlib.import_module(name).Args)}
+    names = set(flat(args_of(name)))
     assert not set(FIXED) & set(FREE) and set(FIXED) <= names
     assert set(FREE) - names <= {"share_prompts", "steps"}
 
 
 @pytest.mark.parametrize("name, flags, words", [("hsd", ["--teacher", "ema"], "--teacher 'frozen', not 'ema'"),
-                                                ("rlsd", ["--lam", "0"], "--lam 0.5, not 0.0")])
-def test_a_teacher_that_is_not_in_the_checkpoint_is_refused(name, flags, words, trained, tmp_path):
-    folder = tmp_path / "step_000002"
-    folder.mkdir()
-    old = dict(step=2, method=name, args=vars(args_of(name)))
-    (folder / "trainer.json").write_text(json.dumps(old))
-    (folder / "manifest.json").write_text(json.dumps({"trainer.json": run.checksum(folder / "trainer.json")}))
+                                                ("sdpo", ["--teacher", "live"], "--teacher 'ema', not 'live'"),
+                                                ("rlsd", ["--lam", "0"], "--lam 0.5, not 0.0"),
+                                                ("sdzero", ["--batch_size", "32"], "--batch_size 64, not 32")])
+def test_a_resume_with_another_value_of_what_the_method_fixes_is_refused(name, flags, words, tmp_path):
+    """A teacher that is not in the checkpoint; other questions in the same steps."""
+    folder = written_checkpoint(tmp_path, name if name != "sdzero" else "sdzero-both", args_of(name))
     assert words in refusal(start, name, "--dry_run", "--out", str(tmp_path), "--resume", str(folder), *flags)
+
+
+def test_sdzero_whose_settings_ask_for_fewer_steps_than_are_done_is_refused(tmp_path, monkeypatch):
+    """Its steps come from the data: ten of phase 2 here."""
+    flags = ["--phase", "sd", "--srt_questions", "20", "--sd_questions", "20", "--batch_size", "2"]
+    flags += ["--heldout", "4", "--out", str(tmp_path)]
+    folder = written_checkpoint(tmp_path, "sdzero-sd", args_of("sdzero", *flags))
+    monkeypatch.setattr(checkpoints, "load", lambda *args: {"step": 11, "args": {}})
+    said = refusal(start, "sdzero", *flags, "--resume", str(folder))
+    assert "11 steps are done, and the settings ask for 10" in said
+
+
+def written_checkpoint(out: Path, method: str, args) -> Path:
+    """What is read of a checkpoint before its state."""
+    folder = out / "step_000002"
+    folder.mkdir()
+    trainer = {"edition": 2, "step": 2, "method": method, "args": flat(args)}
+    (folder / "trainer.json").write_text(json.dumps(trainer))
+    digest = checkpoints.checksum(folder / "trainer.json")
+    (folder / "manifest.json").write_text(json.dumps({"trainer.json": digest}))
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,11 +483,10 @@ def test_a_run_that_goes_on_goes_on_in_its_own_record(package, key, tmp_path, mo
 def test_tensorboard_shows_a_step_that_came_again_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    args = args_of("grpo", "--track", "tensorboard")
-    first = make_tracker(args, tmp_path, 0)
+    first = make_tracker("tensorboard", tmp_path, 0, {})
     for step in range(5):
         first({"step": step, "reward": 0.0})
-    second = make_tracker(args, tmp_path, 3)  # a resume from the checkpoint of three steps
+    second = make_tracker("tensorboard", tmp_path, 3, {})  # a resume from the checkpoint of three steps
     for step in (3, 4, 5):
         second({"step": step, "reward": 1.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from test_sandbox import bubblewrap_works
 
 from common.tasks import Problem, as_problem, chain_problem, gym_problems, load_problems
-from common.verifiers import EVALUATED, REVISIONS, Verdict, Verifier, final_part, last_boxed, last_program
+from common.verifiers import (
+    EVALUATED,
+    REVISIONS,
+    Verdict,
+    Verifier,
+    final_part,
+    last_boxed,
+    last_program,
+)
 
 DATA = os.environ.get("SDVR_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="SDVR_DATA does not name a folder with the public sets")

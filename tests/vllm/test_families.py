@@ -14,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import CHAIN
 from test_vllm import CPU, engine_logps
 
-from common import sampler as sampling
+from common import rollouts as sampling
 from common.chat import chat_ids, load_tokenizer
 from common.policy import Policy, full_weights, load_policy, score
-from common.sampler import VLLMSampler, first_sync
+from common.rollouts import first_sync
+from common.sampler import VLLMSampler
+from common.settings import Setup
 
 SIZES = dict(
     vocab_size=525, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -70,7 +72,7 @@ def furthest(sampler: VLLMSampler, policy: Policy, chats: list[list[int]]) -> fl
     groups = sampler.sample(chats, 2, seed=(1,), keys=range(len(chats)), max_tokens=12)
     rollouts = [o for g in groups for o in g]
     prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
-    scored = torch.cat([s.logp for s in score(policy, prompts, responses, 4096)])
+    scored = torch.cat(score(policy, prompts, responses, 4096))
     sampled = torch.tensor([logp for o in rollouts for logp in o.logprobs])
     read = torch.cat(engine_logps(sampler, rollouts))
     return max((scored - sampled).abs().max().item(), (scored - read).abs().max().item())
@@ -85,7 +87,7 @@ def world(one_process, tmp_path):
         tokenizer = load_tokenizer(path)
         engines.append(VLLMSampler(path, tokenizer, CPU, blank=True))
         chats = [[{"role": "user", "content": f"{i} + 4 = ?"}] for i in range(3)]
-        return engines[0], load_policy(path, CPU), [chat_ids(tokenizer, c) for c in chats]
+        return engines[0], load_policy(path, CPU, Setup()), [chat_ids(tokenizer, c) for c in chats]
 
     yield make
     for engine in engines:  # it ends the process group, which the other fixture ends too

@@ -12,10 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import CHAIN, ROOT, torchrun
 
 from common.chat import chat_ids, load_tokenizer
-from common.policy import full_weights, load_policy, micro_batches, optimizer_step, score
+from common.microbatches import micro_batches
+from common.policy import full_weights, load_policy, optimizer_step, score
 from common.sampler import VLLMSampler
+from common.settings import Setup
 from common.tasks import load_task
-from kernels.head import token_stats
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_the_engine_agrees_with_the_trainer_and_follows_it(dtype, bound, rank, o
     """The rollouts' own log-probabilities, and those of fixed ids after an optimizer step and a push of the weights:
     they move, and are the trainer's (in bf16 within what rounding activations gives on this model)."""
     tokenizer = load_tokenizer(CHAIN)
-    policy = load_policy(CHAIN, CPU, lora_rank=rank)
+    policy = load_policy(CHAIN, CPU, Setup(lora_rank=rank))
     sampler = VLLMSampler(CHAIN, tokenizer, CPU, dtype=dtype)
     problems = load_task("chain", heldout=8).train[:6]
     chats = [chat_ids(tokenizer, p.messages) for p in problems]
@@ -55,23 +56,24 @@ def test_the_engine_agrees_with_the_trainer_and_follows_it(dtype, bound, rank, o
         assert [[o.response_ids for o in g] for g in again] == [[o.response_ids for o in g] for g in groups]
 
     prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
-    before = [s.logp for s in score(policy, prompts, responses, 4096)]
+    before = score(policy, prompts, responses, 4096)
     gap = max((torch.tensor(o.logprobs) - b).abs().max().item() for o, b in zip(rollouts, before))
     assert gap < bound
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    micro = micro_batches(prompts, responses, range(len(rollouts)), 10**6, CPU)[0]
-    (-policy(micro, lambda h, w: token_stats(h, w, micro.targets).logp.mean())).backward()
-    optimizer_step(policy, optimizer, 2e-2 if rank else 2e-3, 1.0, {})
-    sampler.rest()
+    micro = micro_batches(prompts, responses, None, 10**6, CPU)[0]
+    total, _ = policy(micro, lambda stats, _: -stats.logp / len(micro.targets))
+    total.backward()
+    optimizer_step(policy, optimizer, 2e-2 if rank else 2e-3, 1.0)
+    sampler.sleep()
     sampler.load(full_weights(policy))
-    after = [s.logp for s in score(policy, prompts, responses, 4096)]
+    after = score(policy, prompts, responses, 4096)
     engine = engine_logps(sampler, rollouts)
     moved = max((a - b).abs().max().item() for a, b in zip(after, before))
     assert moved > 0.1
     assert max((a - e).abs().max().item() for a, e in zip(after, engine)) < bound
     # nothing cached of the old weights is used: what is sampled now is the new policy's
     new = [o for g in sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=64) for o in g]
-    trained = [s.logp for s in score(policy, [o.prompt_ids for o in new], [o.response_ids for o in new], 4096)]
+    trained = score(policy, [o.prompt_ids for o in new], [o.response_ids for o in new], 4096)
     assert max((torch.tensor(o.logprobs) - t).abs().max().item() for o, t in zip(new, trained)) < bound
     sampler.close()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # for the fixture

@@ -1,0 +1,325 @@
+"""Rollouts: sample responses to a task's problems, judge them, and evaluate without hints.
+
+`Rollouts` holds what turns a policy into judged responses: problems, tokenizer, sampling engine
+and verifier. `Batch` is what comes out: the groups of one step with rewards and lengths [Q, G].
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common import require
+from common.architecture import check_architecture, empty_lm
+from common.chat import as_text, chat_ids, load_tokenizer
+from common.policy import Policy, full_weights, score
+from common.sampler import HFSampler, Rollout, make_sampler
+from common.tasks import Problem, load_task, take
+from common.verifiers import Verdict, Verifier
+
+# random streams under the run's seed; the method files use higher numbers
+TRAIN, EVALUATE, TEACHER = 0, 1, 2
+
+
+class Group(NamedTuple):
+    """One question, its G responses and their verdicts."""
+
+    problem: Problem
+    rollouts: list[Rollout]
+    verdicts: list[Verdict]
+
+    @property
+    def mixed(self) -> bool:
+        """True if the rewards differ; otherwise every group-relative advantage is 0."""
+        return len({verdict.reward for verdict in self.verdicts}) > 1
+
+
+@dataclass
+class Batch:
+    """This rank's groups of one step. Lists hold one entry per rollout, question by question."""
+
+    groups: list[Group]
+
+    def __post_init__(self):
+        self.rollouts = [rollout for group in self.groups for rollout in group.rollouts]
+        self.prompts = [rollout.prompt_ids for rollout in self.rollouts]
+        self.responses = [rollout.response_ids for rollout in self.rollouts]
+        self.sampler_logp = [rollout.logprobs for rollout in self.rollouts]
+        rewards = [[verdict.reward for verdict in group.verdicts] for group in self.groups]
+        lengths = [[len(o.response_ids) for o in group.rollouts] for group in self.groups]
+        truncated = [[o.truncated for o in group.rollouts] for group in self.groups]
+        self.rewards = torch.tensor(rewards, dtype=torch.float32)  # [Q, G]
+        self.lengths = torch.tensor(lengths, dtype=torch.float32)  # [Q, G] response tokens
+        self.truncated = torch.tensor(truncated)  # [Q, G] bool
+
+    def minibatches(self, count: int, epochs: int = 1) -> Iterator[Tensor]:
+        """Masks [Q, 1] of questions: `count` random parts per epoch, each one optimizer update."""
+        questions = len(self.groups)
+        for _ in range(epochs):
+            order = torch.arange(questions)
+            if count > 1:
+                order = torch.randperm(questions)
+            for part in order.chunk(count):
+                mask = torch.zeros(questions, 1, dtype=torch.bool)
+                mask[part] = True
+                yield mask
+
+    def metrics(self) -> dict:
+        """What every method logs of its rollouts; the log averages over ranks."""
+        out = {
+            "reward/mean": self.rewards,
+            "length/mean": self.lengths,
+            "length/max": self.lengths,
+            "frac_truncated": self.truncated,
+        }
+        if self.rewards.shape[1] > 1:
+            out["frac_zero_std"] = [not group.mixed for group in self.groups]
+        return out
+
+    def examples(self, groups: int = 2) -> list[dict]:
+        """The first groups as rows of rollouts.jsonl."""
+        rows = []
+        for group in self.groups[:groups]:
+            for rollout, verdict in zip(group.rollouts, group.verdicts):
+                rows.append({
+                    "id": group.problem.id,
+                    "response": rollout.text,
+                    "finish": rollout.finish_reason,
+                    "reward": verdict.reward,
+                    "feedback": verdict.feedback,
+                })
+        return rows
+
+
+class Rollouts:
+    """Problems in, judged responses out. The engine starts with the first `sync`."""
+
+    def __init__(self, args, run):
+        setup = args.setup
+        self.args, self.run, self.sampler = args, run, None
+        self.task = load_task(
+            args.task, heldout=setup.heldout, fields=setup.fields, instruction=setup.instruction,
+            data_dir=setup.data_dir, against=setup.against,
+        )
+        problems = [*self.task.heldout, *self.task.train]
+        self.tokenizer = load_tokenizer(args.model, args.thinking, problems)
+        self.verifier = Verifier(allow_unsafe_exec=setup.allow_unsafe_exec)
+        self.verifier.check(problems[run.rank :: run.world])  # a bad reference ends the run here
+        self.context_length = model_context(args.model)  # tokens that the model can read
+        self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
+        self.check_lengths([problem.messages for problem in problems])
+
+    def sync(self, policy: Policy) -> None:
+        """Give the engine the policy's weights. A collective."""
+        self.run.phase("sync")
+        if self.sampler is not None:
+            self.sampler.load(full_weights(policy))
+            return
+        self.sampler = make_sampler(self.args, self.tokenizer, self.run.device)
+        first_sync(self.sampler, policy, self.chat_ids(self.task.heldout[0].messages))
+        require(
+            self.longest <= self.sampler.context,
+            f"a sequence of up to {self.longest} tokens can exceed the {self.sampler.context} "
+            "tokens that the sampler has room for; lower --max_tokens, or raise --vllm_memory",
+        )
+
+    def sleep(self) -> None:
+        """Until the next `sync` nothing is sampled: the engine may give up its memory.
+
+        From here on time counts for scoring.
+        """
+        self.sampler.sleep()
+        self.run.phase("score")
+
+    def check_lengths(self, chats: list[list[dict] | None], responses: int = 1,
+                      flag: str = "max_tokens", why: str = "") -> None:
+        """Each chat and `responses` responses must fit the model's context.
+
+        flag: the limit of a response; why: the reason that it counts more than once. Each rank
+        measures its share of the chats, longest first. A token has at least one byte, so a chat
+        whose bytes and template are fewer than the longest has tokens needs no measuring.
+        """
+        most = getattr(self.args, flag)
+        room = self.context_length - responses * most  # tokens of a prompt
+        sized = []
+        for chat in chats:
+            if chat is not None:
+                size = sum(len(message["content"].encode(errors="replace")) for message in chat)
+                sized.append((size, len(sized), chat))
+        sized.sort(reverse=True)
+        if not sized:
+            return
+        frame = 64 + len(self.chat_ids(sized[-1][2]))  # about what a template adds
+        longest = 0
+        for size, _, chat in sized[self.run.rank :: self.run.world]:
+            if size + frame <= longest:
+                break
+            length = len(self.chat_ids(chat))
+            if length > longest:
+                longest, worst = length, chat
+        self.longest = max(self.longest, longest + responses * most)
+        if longest <= room:
+            return
+        words = " ".join(worst[-1]["content"].split())[:40]
+        raise SystemExit(
+            f"error: the problem “{words} …”: a prompt of {longest} tokens and {responses} × "
+            f"--{flag} {most} can exceed the model's context of {room + responses * most}{why}; "
+            f"lower --{flag}, or take such problems out of the data"
+        )
+
+    def check_model(self) -> PreTrainedModel:
+        """The model without weights, checked as far as that goes: for --dry_run."""
+        lm = empty_lm(self.args.model)
+        setup = self.args.setup
+        check_architecture(
+            lm, self.args.model, sampler=setup.sampler, checkpointing=setup.checkpointing,
+            share_prompts=getattr(self.args, "share_prompts", False),
+        )
+        return lm
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a response."""
+        return self.sampler.ends
+
+    def chat_ids(self, messages: list[dict]) -> list[int]:
+        """Token ids of a chat that the model is to answer; the same for student and teacher."""
+        return chat_ids(self.tokenizer, messages, self.args.thinking)
+
+    def as_text(self, text: str) -> str:
+        """What a model or checker wrote, for another prompt: its control tokens become text."""
+        return as_text(self.tokenizer, text)
+
+    def sample(self, step: int) -> Batch:
+        """This rank's share of the questions of `step`: G responses each, with verdicts."""
+        share = self.args.batch_size // self.run.world
+        start = (step * self.run.world + self.run.rank) * share
+        problems = take(self.task.train, self.args.setup.seed, start, share)
+        keys = range(start, start + share)
+        return Batch(self.answer(problems, self.args.group_size, TRAIN, keys))
+
+    def evaluate(self) -> dict:
+        """pass@1 and length on the held-out problems, without hints."""
+        _, groups = self.heldout_groups()
+        return heldout_metrics(groups)
+
+    def heldout_groups(self) -> tuple[range, list[Group]]:
+        """Responses to this rank's held-out problems, every world-th of them, and their keys."""
+        mine = range(self.run.rank, len(self.task.heldout), self.run.world)
+        problems = [self.task.heldout[i] for i in mine]
+        samples = self.args.setup.eval_samples
+        return mine, self.answer(problems, samples, EVALUATE, mine, "evaluate")
+
+    def teacher_accuracy(self, teacher: Policy, policy: Policy, batch: Batch,
+                         prompts: list[list[int]], has_context: Tensor) -> dict[str, list[float]]:
+        """Rewards of the teacher that answers from its own prompts, one response each.
+
+        Only prompts with a context count that leave room for a response. The sampler ends with the
+        policy's weights.
+        """
+        problems = [group.problem for group in batch.groups for _ in group.rollouts]
+        asked = []
+        for i, prompt in enumerate(prompts):
+            fits = len(prompt) + self.args.max_tokens <= self.context_length
+            if has_context.flatten()[i] and fits:
+                asked.append(i)
+        self.run.phase("evaluate")
+        self.sampler.load(full_weights(teacher))
+        keys = range(self.run.rank, len(asked) * self.run.world, self.run.world)
+        groups = self.answer(
+            [problems[i] for i in asked], 1, TEACHER, keys, "evaluate",
+            prompts=[prompts[i] for i in asked],
+        )
+        self.sampler.load(full_weights(policy))
+        return {"teacher/accuracy": [group.verdicts[0].reward for group in groups]}
+
+    def answer(self, problems: Sequence[Problem], n: int, stream: int, keys: Sequence[int],
+               phase: str = "", **sampling) -> list[Group]:
+        """n responses to each problem with their verdicts.
+
+        stream, keys: name the random numbers, one key per problem (see common/sampler.py).
+        phase: book the time under this name, not under "sample" and "verify".
+        sampling: `prompts`, `max_tokens`, `temperature`, `top_p` if they are not the run's.
+        """
+        args = self.args
+        prompts = sampling.pop("prompts", None)
+        if prompts is None:
+            prompts = [self.chat_ids(problem.messages) for problem in problems]
+        settings = {
+            "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p,
+        }
+        self.run.phase(phase or "sample")
+        seed = (args.setup.seed, stream)
+        sampled = self.sampler.sample(prompts, n, seed=seed, keys=keys, **(settings | sampling))
+        self.run.phase(phase or "verify")
+        repeated = [problem for problem in problems for _ in range(n)]
+        verdicts = self.verifier(repeated, [o.text for rollouts in sampled for o in rollouts])
+        groups = []
+        for i, (problem, rollouts) in enumerate(zip(problems, sampled)):
+            groups.append(Group(problem, rollouts, verdicts[i * n : (i + 1) * n]))
+        return groups
+
+    def close(self) -> None:
+        if self.sampler is not None:
+            self.sampler.close()
+        self.verifier.close()
+
+
+ROUNDING = {"cuda": 0.2, "cpu": 0.01}  # nats per token, in the mean: what bf16 and fp32 may cause
+
+
+def first_sync(sampler, policy: Policy, prompt: list[int]) -> None:
+    """Give the sampler its first weights and check that it has become the policy. A collective.
+
+    An engine silently skips weights that it does not know. Raises SystemExit if the
+    log-probabilities of a few samples are not the policy's.
+    """
+    sampler.sleep()  # what `load` does not bring is missing, as after every update
+    sampler.load(full_weights(policy))
+    rollouts = sampler.sample([prompt], 4, seed=(0,), keys=[0], max_tokens=16)[0]
+    responses = [rollout.response_ids for rollout in rollouts]
+    scored = torch.cat(score(policy, [prompt] * 4, responses, budget=4096)).cpu()  # [T]
+    sampled = torch.tensor([logp for rollout in rollouts for logp in rollout.logprobs])  # [T]
+    gap = (sampled - scored).abs().mean().nan_to_num(nan=torch.inf)
+    dist.all_reduce(gap, dist.ReduceOp.MAX)
+    engine, other = "vllm", "hf"
+    if isinstance(sampler, HFSampler):
+        engine, other = "hf", "vllm"
+    device = next(policy.parameters()).device
+    require(
+        gap < ROUNDING[device.type],
+        f"--sampler {engine}: with the weights of the policy, a {type(policy.lm).__name__}, its "
+        f"log-probabilities differ from the policy's by {gap:.2g} nats per token; take --sampler "
+        f"{other} or another checkpoint",
+    )
+
+
+def model_context(path: str) -> float:
+    """The context of the model in tokens; infinite if its configuration does not say."""
+    config = transformers.AutoConfig.from_pretrained(path).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+def heldout_metrics(groups: list[Group]) -> dict:
+    return {
+        "heldout/pass@1": [verdict.reward for group in groups for verdict in group.verdicts],
+        "heldout/length": [len(o.response_ids) for group in groups for o in group.rollouts],
+    }
+
+
+def check_fits(prompts: list[list[int]], batch: Batch, rollouts: Rollouts) -> None:
+    """Exit if a teacher's prompt and a response exceed the context: nothing is cut silently."""
+    for prompt, response in zip(prompts, batch.responses):
+        length = len(prompt) + len(response)
+        require(
+            length <= rollouts.context_length,
+            f"a teacher's prompt and a response take {length} tokens, more than the model's "
+            f"context of {rollouts.context_length}: lower --max_tokens",
+        )
