@@ -25,7 +25,17 @@ import time
 from pathlib import Path
 
 from common import require
-from common.sandbox_child import CALL, DONE, ERROR, JOB, LOAD, MAX_OUTPUT, PASSED, UNFIT, VALUE
+from common.verifiers.sandbox_child import (
+    CALL,
+    DONE,
+    ERROR,
+    JOB,
+    LOAD,
+    MAX_OUTPUT,
+    PASSED,
+    UNFIT,
+    VALUE,
+)
 
 PYTHON = os.path.realpath(sys.executable)
 CODE = marshal.dumps(compile(Path(__file__).with_name("sandbox_child.py").read_bytes(), "sandbox", "exec"))
