@@ -39,9 +39,9 @@ def last_boxed(text: str) -> str | None:
     for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         if token[0] == "{":
             starts.append(None)
-        elif token[0].startswith("\\boxed"):
+        if token[0].startswith("\\boxed"):
             starts.append(token.end())
-        elif token[0] == "}" and starts:
+        if token[0] == "}" and starts:
             start = starts.pop()
             if start is not None:
                 found = text[start : token.start()]
