@@ -20,6 +20,7 @@ import functools
 import marshal
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -29,7 +30,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import require
 from common.verifiers import seccomp
 from common.verifiers.sandbox_child import (
     CALL,
@@ -41,6 +41,7 @@ from common.verifiers.sandbox_child import (
     MEMORY,
     UNFIT,
     VALUE,
+    limits,
 )
 
 PYTHON = os.path.realpath(sys.executable)
@@ -187,10 +188,11 @@ def held(first: int) -> int:
     while waiting:
         place = Path("/proc", waiting.pop())
         with contextlib.suppress(OSError):  # it has ended
-            for thread in (place / "task").iterdir():
-                waiting += (thread / "children").read_text().split()
             _, resident, shared, *_ = map(int, (place / "statm").read_text().split())
             total += (resident - shared) * PAGE
+            for thread in os.listdir(place / "task"):
+                with contextlib.suppress(OSError):  # it alone has ended
+                    waiting += (place / "task" / thread / "children").read_text().split()
     return total
 
 
@@ -225,7 +227,10 @@ def confined(role: str, *, unsafe: bool = False, seconds: int = 10**6) -> Child:
             first = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
             child.namespace = os.pidfd_open(first)
             child.first, child.next_look = first, time.monotonic() + BEAT
-    except Ended as error:
+            for limit, value in limits(seconds).items():
+                # it is bwrap's; where nobody is root the program may write to its memory
+                resource.prlimit(first, limit, (value, value))
+    except (Ended, OSError, ValueError) as error:  # the latter two: no such process any more
         child.close()
         raise RuntimeError(f"the sandbox did not start: its process {error}") from None
     return child
@@ -344,8 +349,8 @@ def run_functions(driver: Child, program: str, meta: dict, *, limit: float,
     set: then the tests call script(text), which is what the program prints with that text on its
     stdin. limit: seconds for a call.
     → for each test "" if it passed, else what happened in at most LINE characters; a single text if
-    the program does not even load. Raises ValueError if a test cannot be run, Ended if the tests themselves hang or crash;
-    then close the driver.
+    the program does not even load. Raises ValueError if a test cannot be run, Ended if the tests
+    themselves hang or crash; then close the driver.
     """
     load = marshal.dumps((meta["prelude"], program, meta.get("script")))
     job = marshal.dumps((meta["setup"], meta["names"], meta["tests"]))

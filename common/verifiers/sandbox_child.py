@@ -49,14 +49,9 @@ def main(role: str, seconds: int, uid: int, unsafe: bool) -> None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    limits = {
-        resource.RLIMIT_AS: MEMORY, resource.RLIMIT_CPU: seconds,
-        resource.RLIMIT_FSIZE: FILE, resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: DESCRIPTORS,
-    }
-    if not unsafe:  # it counts a user's processes: see sandbox.confined
-        limits[resource.RLIMIT_NPROC] = PROCESSES
-    for limit, value in limits.items():
+    for limit, value in limits(seconds).items():
+        if unsafe and limit == resource.RLIMIT_NPROC:
+            continue  # it counts a user's processes: see sandbox.confined
         resource.setrlimit(limit, (value, value))
     builtins.exit = builtins.quit = sys.exit  # python -S leaves them out, and programs use them
     send(READY)
@@ -64,6 +59,15 @@ def main(role: str, seconds: int, uid: int, unsafe: bool) -> None:
         serve()
     else:
         drive()
+
+
+def limits(seconds: int) -> dict[int, int]:
+    """Limit → value. seconds: CPU time."""
+    return {
+        resource.RLIMIT_AS: MEMORY, resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: FILE, resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: DESCRIPTORS, resource.RLIMIT_NPROC: PROCESSES,
+    }
 
 
 def send(kind: bytes, payload: bytes = b"") -> None:
