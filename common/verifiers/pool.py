@@ -12,7 +12,7 @@ import pickle
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,8 +55,10 @@ class Verifier:
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
         """Ctrl-C ends it at once, and this verifier with it."""
-        jobs = [self.pool.submit(self.one, *job) for job in zip(problems, texts)]
+        jobs: list[Future] = []
         try:
+            for problem, text in zip(problems, texts):
+                jobs.append(self.pool.submit(self.one, problem, text))
             return [job.result() for job in jobs]
         except KeyboardInterrupt:
             self.pool.shutdown(wait=False, cancel_futures=True)
