@@ -238,7 +238,8 @@ def main(args: Args) -> None:
 
         # sample and judge
         batch = rollouts.sample(step)
-        A, lam = advantages(batch.rewards, args.std), lam_at(step, args)
+        A = advantages(batch.rewards, args.std)
+        lam = lam_at(step, args)
 
         # score
         rollouts.sleep()
