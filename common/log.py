@@ -91,7 +91,7 @@ def tensorboard(folder: Path, step: int) -> Callable[[dict], None]:
 
 def draw_curves(history: list[dict], path: Path, title: str) -> None:
     """curves.png: one panel per entry of PANELS."""
-    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, 3).flat
