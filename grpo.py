@@ -48,7 +48,7 @@ from kernels.head import TokenStats
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    """GRPO. Defaults: DeepSeekMath §4.2 where the paper gives a value."""
+    """GRPO. Defaults: the values that DeepSeekMath §4.2 gives."""
 
     model: str = "deepseek-ai/deepseek-math-7b-instruct"  # folder or hub id; also the reference
     task: str = "gsm8k"  # see common/tasks; a mixture is 4*gsm8k+1*mbpp
