@@ -228,7 +228,9 @@ def f(x):
 
 def test_tests_that_crash_pass_nothing(verifier):
     crash = problem("assert f(1) == 2", "import os\nos._exit(0)")
-    assert verdict(verifier, HONEST, crash).feedback == "The check ended early."
+    full = problem("f(1)", setup="raise MemoryError")  # as after results of many megabytes: no error in the data
+    for of in (crash, full):
+        assert verdict(verifier, HONEST, of).feedback == "The check ended early."
     assert verdict(verifier, HONEST).reward == 1
 
 

@@ -302,6 +302,8 @@ def run_tests(setup: str, names: list[str], tests: list[str]) -> None:
                 send(PASSED)
             except Exception as error:
                 send(FAILED, last.encode(errors="replace") or describe(error))
+    except MemoryError:  # a program may return so much that even its failure cannot be told
+        os._exit(1)
     except BaseException as error:
         place = last or "setup"
         send(UNFIT, f"{place}: ".encode(errors="replace") + describe(error))
