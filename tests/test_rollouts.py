@@ -7,7 +7,6 @@ import torch
 from conftest import CHAIN
 
 import grpo
-from common import tasks
 from common.chat import chat_ids
 from common.policy import ema_update, frozen_copy, load_policy
 from common.rollouts import Batch, Group, Rollouts, check_fits
@@ -95,9 +94,8 @@ def test_a_teachers_prompt_that_does_not_fit_ends_the_run(batch):
 # the embedded model
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture
-def make(one_process, monkeypatch):
+def make(one_process):
     """make(rank, world): the Rollouts of one of several ranks, synced with a policy."""
-    monkeypatch.setattr(tasks, "CHAIN_SIZE", 64)
     policy = load_policy(CHAIN, CPU, Setup())
     made = []
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import CHAIN, GROUPS, ROOT, TASK
 from ranks import another_port, finish, launch, run_grpo
 
@@ -122,7 +121,7 @@ def files(tmp_path_factory):
     out = tmp_path_factory.mktemp("files")
     runs = {name: [*flags, "--out", str(out), "--name", name] for name, flags in TWO_STEPS.items()}
     done = subprocess.run([sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(runs)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=600, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])})
+                          timeout=600, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests"})
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done
 
