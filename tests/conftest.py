@@ -32,9 +32,10 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 def lighten(put=setattr) -> None:
     """Runs choose from few problems and draw no curves: two seconds of each, and no number that a law is about."""
-    from common import run, tasks
+    from common import run
+    from common.tasks import chain
 
-    put(tasks, "CHAIN_SIZE", 128)
+    put(chain, "SIZE", 128)
     put(run, "draw_curves", lambda *args, **named: None)
 
 

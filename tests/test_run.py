@@ -25,7 +25,8 @@ from common import run as runs
 from common.log import reduce_over_ranks
 from common.run import Run
 from common.settings import Setup, parse
-from common.verifiers import Verdict, Verifier
+from common.verifiers import Verdict
+from common.verifiers.pool import Verifier
 
 SMALL = [*GROUPS, "--eval_every", "2"]
 
