@@ -14,7 +14,7 @@ from test_run import assert_same_run, metrics, teacher_gaps
 import grpo
 import rlsd
 from common.settings import parse
-from common.verifiers import Verifier
+from common.verifiers.pool import Verifier
 
 V, D = 11, 5
 f64 = dict(dtype=torch.float64)

@@ -24,7 +24,7 @@ from common.policy import check_path
 from common.rollouts import Rollouts
 from common.run import rendezvous, unwritable
 from common.settings import FIXED, FREE, Setup, check_settings, flat, parse
-from common.verifiers import Verifier
+from common.verifiers.pool import Verifier
 
 SMALL = ["--batch_size", "2", "--group_size", "2", "--heldout", "4", "--max_tokens", "8", "--eval_samples", "1",
          "--eval_every", "9"]
