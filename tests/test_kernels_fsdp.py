@@ -1,12 +1,10 @@
 """Two ranks, weights sharded by FSDP2: head_loss and token_stats inside the policy's forward see whole weights, and the
 gradients of both ranks together are those of one process with full logits."""
 import copy
-import os
-import socket
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import finish, launch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.microbatches import Micro
@@ -34,10 +32,9 @@ def full_logits_gradient(ids: torch.Tensor, hinted: torch.Tensor) -> dict[str, t
     return {name: p.grad for name, p in lm.named_parameters()}
 
 
-def rank_main(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def on_each_rank() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     ids, hinted = torch.randint(61, (2, WORLD, LENGTH), generator=torch.Generator().manual_seed(1))
     expected = full_logits_gradient(ids, hinted)
     targets = ids[rank]
@@ -61,8 +58,5 @@ def rank_main(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def test_sharded_weights_of_two_ranks():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    mp.spawn(rank_main, (port,), nprocs=WORLD)
+def test_sharded_weights_of_two_ranks(tmp_path):
+    finish(launch(WORLD, tmp_path / "log", on_each_rank), tmp_path / "log")

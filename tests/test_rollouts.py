@@ -94,9 +94,8 @@ def test_a_teachers_prompt_that_does_not_fit_ends_the_run(batch):
 # the embedded model
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture
-def make(one_process, monkeypatch):
+def make(one_process):
     """make(rank, world): the Rollouts of one of several ranks, synced with a policy."""
-    monkeypatch.setattr("common.tasks.chain.SIZE", 64)
     policy = load_policy(CHAIN, CPU, Setup())
     made = []
 
