@@ -111,7 +111,9 @@ DEMO = dict(
     model="assets/chain", task="chain", srt_questions=1024, kept_traces=1500, wrong_share=0.5,
     srt_max_tokens=64, srt_temperature=1.0, srt_batch=32, srt_lr=3e-4, srt_epochs=1,
     sd_questions=2560, batch_size=64, max_tokens=192, lr=1e-4, warmup=5, mean="token",
-    setup=Setup(heldout=256, eval_every=16, save_every=64),
+    setup=Setup(
+        checkpointing=False, sampler_rows=128, heldout=256, eval_every=16, save_every=64,
+    ),
 )
 BASELINES = {
     "": {},

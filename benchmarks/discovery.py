@@ -58,7 +58,7 @@ class Args(sdpo.Args):
 
 DEMO = sdpo.DEMO | dict(
     task="chain:14", group_size=16, batch_size=1, max_tokens=192, questions=4, seeds=1, budget=256,
-    setup=Setup(heldout=64),
+    setup=Setup(checkpointing=False, sampler_rows=128, heldout=64),
 )
 
 

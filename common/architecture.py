@@ -106,8 +106,8 @@ def check_architecture(lm: PreTrainedModel, path: str, *, sampler: str = "",
     require(only_attends(lm) or not share_prompts, f"--share_prompts: {name} has layers other "
             "than full and sliding attention, which cannot go on from a shared prompt; drop it")
     layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
-    require(layers or not checkpointing, f"--checkpointing: {name} does not support it; drop the "
-            "flag")
+    require(layers or not checkpointing, f"--checkpointing: {name} does not support it; add "
+            "--no-checkpointing")
 
 
 def transformations(lm: PreTrainedModel) -> list[str]:
