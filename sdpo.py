@@ -280,7 +280,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=int(args.teacher != "live"))
     policy = load_policy(args.model, run.device, args.setup)
-    slow = policy if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
+    slow = policy if args.teacher == "live" else frozen_copy(policy, run.device)
     teachers, mix = teacher_models(slow, policy, args)
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts, slow, moving=args.teacher == "ema")

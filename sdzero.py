@@ -400,7 +400,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=1)
     policy = load_policy(args.model, run.device, args.setup)
-    teacher = frozen_copy(policy, args.model, run.device)  # becomes θ_SRT when phase 2 begins
+    teacher = frozen_copy(policy, run.device)  # becomes θ_SRT when phase 2 begins
     optimizer = make_optimizer(
         policy, args, betas=(0.9, 0.95), weight_decay=args.srt_weight_decay
     )

@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import copy
 import inspect
 import tempfile
 from collections.abc import Iterator
@@ -71,8 +72,15 @@ def load_lm(path: str) -> PreTrainedModel:
 def empty_lm(path: str) -> PreTrainedModel:
     """The causal LM at `path` without its weights, for --dry_run."""
     config = load_config(path)
-    with in_words(path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with in_words(path):
+        return without_weights(config)
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal LM of `config` in fp32 and eval mode; all its tensors are on the meta device."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    return lm.eval()
 
 
 @contextmanager

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from common import check_hub, require
+from common import TIMEOUT, check_hub, require
 from common.architecture import (
     check_architecture,
     check_forward,
@@ -30,6 +31,7 @@ from common.architecture import (
     load_lm,
     mend_generation_config,
     saved_buffers,
+    without_weights,
 )
 from common.microbatches import Micro, micro_batches
 from kernels.divergence import Divergence
@@ -134,21 +136,28 @@ def score(model: Policy | Adapters | None, prompts: Sequence[list[int]],
 # loading and sharding
 # --------------------------------------------------------------------------------------------------
 def load_policy(path: str, device: torch.device, setup, share_prompts: bool = False) -> Policy:
-    """Load the causal LM at `path` in fp32 and shard it over all ranks; CUDA computes in bf16.
+    """Load the causal LM at `path` in fp32 and shard it over the ranks; CUDA computes in bf16.
 
-    setup: `checkpointing`, `lora_rank` and `lora_alpha` of settings.Setup. With LoRA the
+    Only the first rank reads the weights. The other ranks start with a model without weights and
+    get their shards from it, one layer at a time, so the host holds the model once.
+    setup: `checkpointing`, `shard`, `lora_rank` and `lora_alpha` of settings.Setup. With LoRA the
     base is frozen (in bf16 on CUDA) and fp32 adapters are trained on all linear layers but the
     head; they add alpha/rank·B·A to a weight, and B starts at 0.
     share_prompts: whether micro-batches will share prompts.
     Raises SystemExit if there is no such model, or if training it would be wrong.
     """
-    check_path(path)
-    lm = load_lm(path)
-    check_architecture(
-        lm, path, checkpointing=setup.checkpointing, share_prompts=share_prompts
-    )
-    check_forward(lm, path)
-    mend_generation_config(lm, path)
+    lm, found = None, [None, ""]  # the configuration, or what is wrong with the model
+    if dist.get_rank() == 0:
+        try:
+            lm = checked_lm(path, setup.checkpointing, share_prompts)
+            found[0] = lm.config
+        except SystemExit as end:
+            found[1] = end.code
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise SystemExit(found[1])
+    if lm is None:
+        lm = without_weights(found[0])
     if setup.checkpointing:
         enable_checkpointing(lm)
     policy = Policy(lm)
@@ -157,7 +166,17 @@ def load_policy(path: str, device: torch.device, setup, share_prompts: bool = Fa
         for p in lm.parameters():
             if not p.requires_grad and device.type == "cuda":
                 p.data = p.data.bfloat16()  # as it is computed: only trained weights need more
-    return shard(policy, device)
+    return shard(policy, device, make_mesh(device, setup.shard), from_first_rank)
+
+
+def checked_lm(path: str, checkpointing: bool, share_prompts: bool) -> PreTrainedModel:
+    """The causal LM at `path` with its weights; ends the run if training it would be wrong."""
+    check_path(path)
+    lm = load_lm(path)
+    check_architecture(lm, path, checkpointing=checkpointing, share_prompts=share_prompts)
+    check_forward(lm, path)
+    mend_generation_config(lm, path)
+    return lm
 
 
 def check_path(path: str) -> None:
@@ -212,35 +231,65 @@ def add_adapters(policy: Policy, rank: int, alpha: float) -> None:
         inject_adapter_in_model(config, policy)
 
 
-def shard(policy: Policy, device: torch.device) -> Policy:
-    """FSDP2: each decoder layer is a unit; embeddings, norm and head are another.
+def make_mesh(device: torch.device, over: str) -> DeviceMesh:
+    """The ranks that share the weights. over: "machine" or "all".
 
     On several machines each holds the weights once, sharded over its ranks (HSDP): only gradients
-    travel between machines. The model stays in host memory until here: `fully_shard` moves a unit
-    to the device as it shards it.
+    travel between machines. A model that is too large for one machine is sharded over all ranks.
     """
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if local < world:
-        mesh = dist.init_device_mesh(
-            device.type, (world // local, local), mesh_dim_names=("machine", "rank")
-        )
-    else:
-        mesh = dist.init_device_mesh(device.type, (world,), mesh_dim_names=("rank",))
+    if over == "all" or local == world:
+        return dist.init_device_mesh(device.type, (world,), mesh_dim_names=("rank",))
+    ranks = torch.arange(world).view(-1, local)
+    groups = []
+    for lists in (ranks.T.tolist(), ranks.tolist()):
+        group, _ = dist.new_subgroups_by_enumeration(lists, timeout=TIMEOUT)
+        groups.append(group)
+    names = ("machine", "rank")
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
+
+
+def shard(policy: Policy, device: torch.device, mesh: DeviceMesh, whole_of: Callable) -> Policy:
+    """FSDP2: each decoder layer is a unit; embeddings, norm and head are another.
+
+    whole_of(name, tensor, device): the whole parameter or buffer, on the device. A unit is there
+    as a whole on every rank until it is sharded.
+    """
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # the loss's inputs stay in fp32
     if device.type == "cuda":
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    for module in policy.lm.modules():
+    units = []
+    for name, module in policy.named_modules():
         if type(module).__name__ in policy.lm._no_split_modules:  # decoder layers, by their name
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):  # losses are normalised over all ranks: add gradients up
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+            units.append((f"{name}.", module))
+    for prefix, unit in [*units, ("", policy)]:
+        for name, p in unit.named_parameters():
+            if not isinstance(p, DTensor):
+                found = whole_of(prefix + name, p, mesh.device_type)
+                found = nn.Parameter(found, p.requires_grad)
+                torch.utils.swap_tensors(p, found)  # tied weights stay tied
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+        # losses are normalised over all ranks: add gradients up
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_gradient_divide_factor(1.0)
+    for name, buffer in policy.named_buffers():
+        found = whole_of(name, buffer, mesh.device_type)
+        torch.utils.swap_tensors(buffer, found.detach())  # a collective may still hold `found`
     return policy
+
+
+@torch.no_grad()
+def from_first_rank(name: str, tensor: Tensor, device: str) -> Tensor:
+    """The first rank's tensor, on all ranks. A collective."""
+    if tensor.is_meta:
+        found = torch.empty_like(tensor, device=device)
+    else:
+        found = tensor.detach().to(device)
+    dist.broadcast(found, 0)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,20 +340,19 @@ class Adapters(nn.Module):
         self.policy.reshard()
 
 
-def frozen_copy(policy: Policy, path: str, device: torch.device) -> Policy | Adapters:
-    """The start of training as a teacher or reference.
+def frozen_copy(policy: Policy, device: torch.device) -> Policy | Adapters:
+    """A copy of the policy as a teacher or reference, made from its shards.
 
-    Call it before the first update of `policy`, which was loaded from `path` too.
+    Call it before the first update: it is then the start of training, on a resume too.
     """
     if any(".lora_" in name for name, _ in policy.named_parameters()):
         return Adapters(policy)
-    return load_policy(path, device, NoTraining).requires_grad_(False)
-
-
-class NoTraining:
-    """The `setup` of a model that is only read."""
-
-    checkpointing, lora_rank, lora_alpha = False, 0, 0.0
+    policy.reshard()
+    tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    copy = Policy(without_weights(policy.lm.config))
+    mesh = next(policy.parameters()).device_mesh
+    shard(copy, device, mesh, lambda name, *_: whole(tensors[name]).clone())
+    return copy.requires_grad_(False)
 
 
 @torch.no_grad()

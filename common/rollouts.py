@@ -258,6 +258,7 @@ class Rollouts:
         self.run.phase(phase or "sample")
         seed = (args.setup.seed, stream)
         sampled = self.sampler.sample(prompts, n, seed=seed, keys=keys, **(settings | sampling))
+        self.run.collect({"preempted": self.sampler.preempted()})
         self.run.phase(phase or "verify")
         repeated = [problem for problem in problems for _ in range(n)]
         verdicts = self.verifier(repeated, [o.text for rollouts in sampled for o in rollouts])
