@@ -309,6 +309,7 @@ def main(args: Args) -> None:
         run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
         if args.teacher == "ema":
             ema_update(teacher, policy, args.teacher_rate)
+        teacher.reshard()  # to be read, its embeddings and head were gathered
 
         rollouts.sync(policy)
         run.collect(where_credit_is(batch, has_context, peers, credits))

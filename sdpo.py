@@ -326,7 +326,7 @@ def main(args: Args) -> None:
             run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
         if args.teacher == "ema":  # once per step, after all its updates, as released
             ema_update(slow, policy, args.teacher_rate)
-
+        slow.reshard()  # to be read, its embeddings and head were gathered
         rollouts.sync(policy)
         if step % args.setup.eval_every == 0:
             run.collect(rollouts.teacher_accuracy(slow, policy, batch, hinted, has_context))

@@ -499,6 +499,7 @@ def distil(run: Run, rollouts: Rollouts, policy: Policy, teacher: Policy, optimi
             run.collect(diagnostics(stats, micro.per_token(batch.rewards), sampler_logp))
         lr = args.lr * warm_up(step - updates, args.warmup)
         run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
+        teacher.reshard()  # to be read, its embeddings and head were gathered
 
         rollouts.sync(policy)
         run.collect(cost(batch, run.world) | {"phase": [2]})

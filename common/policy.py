@@ -14,26 +14,21 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from common import TIMEOUT, check_hub, require
+from common import TIMEOUT
 from common.architecture import (
-    check_architecture,
-    check_forward,
     enable_checkpointing,
-    load_lm,
-    mend_generation_config,
+    read_by_first_rank,
     saved_buffers,
     without_weights,
 )
-from common.microbatches import Micro, micro_batches
+from common.microbatches import Micro, Tokens, micro_batches
 from kernels.divergence import Divergence
 from kernels.head import TokenStats, head_loss, token_stats
 
@@ -116,9 +111,8 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def score(model: Policy | Adapters | None, prompts: Sequence[list[int]],
-          responses: Sequence[list[int]], budget: int, temperature: float = 1.0,
-          field: str = "logp") -> list[Tensor] | None:
+def score(model: Policy | Adapters | None, prompts: Tokens, responses: Tokens, budget: int,
+          temperature: float = 1.0, field: str = "logp") -> list[Tensor] | None:
     """A field of TokenStats for every response under `model`, [|o|] each; None if it is None."""
     if model is None:
         return None
@@ -146,18 +140,7 @@ def load_policy(path: str, device: torch.device, setup, share_prompts: bool = Fa
     share_prompts: whether micro-batches will share prompts.
     Raises SystemExit if there is no such model, or if training it would be wrong.
     """
-    lm, found = None, [None, ""]  # the configuration, or what is wrong with the model
-    if dist.get_rank() == 0:
-        try:
-            lm = checked_lm(path, setup.checkpointing, share_prompts)
-            found[0] = lm.config
-        except SystemExit as end:
-            found[1] = end.code
-    dist.broadcast_object_list(found)
-    if found[1]:
-        raise SystemExit(found[1])
-    if lm is None:
-        lm = without_weights(found[0])
+    lm = read_by_first_rank(path, setup.checkpointing, share_prompts)
     if setup.checkpointing:
         enable_checkpointing(lm)
     policy = Policy(lm)
@@ -169,63 +152,22 @@ def load_policy(path: str, device: torch.device, setup, share_prompts: bool = Fa
     return shard(policy, device, make_mesh(device, setup.shard), from_first_rank)
 
 
-def checked_lm(path: str, checkpointing: bool, share_prompts: bool) -> PreTrainedModel:
-    """The causal LM at `path` with its weights; ends the run if training it would be wrong."""
-    check_path(path)
-    lm = load_lm(path)
-    check_architecture(lm, path, checkpointing=checkpointing, share_prompts=share_prompts)
-    check_forward(lm, path)
-    mend_generation_config(lm, path)
-    return lm
-
-
-def check_path(path: str) -> None:
-    """Check early: transformers would treat a missing local path as a hub id and fail later with a
-    confusing error."""
-    require(path.strip(), "--model is empty: give a folder or a hub id")
-    require(not path.startswith("~"), f"--model {path}: the shell left ~ as it is; write it out")
-    folder = Path(path)
-    if folder.exists() or path.startswith((".", "/")) or path.count("/") > 1:
-        require(folder.exists(), f"--model {path}: no such folder")
-        config = folder / "config.json"
-        require(config.exists(), f"--model {path}: no config.json, so no Hugging Face checkpoint")
-        return
-    try:
-        cached = try_to_load_from_cache(path, "config.json")
-    except HFValidationError:
-        cached = None
-    if not isinstance(cached, str):
-        check_hub("--model", path, "model", None)
-    try:
-        AutoConfig.from_pretrained(path)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"error: --model {path}: no folder, nor on the hub: {reason}") from None
-
-
-def adapted_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers that LoRA adapts: all linear ones but the head."""
-    head = lm.get_output_embeddings()
-    found = {}
-    for name, module in lm.named_modules():
-        if type(module) in (nn.Linear, Conv1D) and module is not head:
-            found[name] = module
-    return found
-
-
 def add_adapters(policy: Policy, rank: int, alpha: float) -> None:
-    """Freeze the model and put LoRA on its linear layers.
+    """Freeze the model and put LoRA on all its linear layers but the head.
 
     Weights that are not a linear layer's, such as those of experts and their router, stay frozen.
     """
     from peft import LoraConfig, inject_adapter_in_model  # slow to import
 
-    layers = adapted_layers(policy.lm)
-    names = [f"lm.{name}" for name in layers]
-    transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
+    head = policy.lm.get_output_embeddings()
+    names, transposed = [], False
+    for name, module in policy.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and module is not head:
+            names.append(name)
+            transposed |= type(module) is Conv1D
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # every rank draws the same A
+        torch.manual_seed(0)  # every run begins with the same A
         # into the policy, not its lm: in a transformers model peft would wrap fused experts, which
         # FSDP2 cannot shard
         inject_adapter_in_model(config, policy)
@@ -261,14 +203,13 @@ def shard(policy: Policy, device: torch.device, mesh: DeviceMesh, whole_of: Call
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    units = []
-    for name, module in policy.named_modules():
-        if type(module).__name__ in policy.lm._no_split_modules:  # decoder layers, by their name
-            units.append((f"{name}.", module))
-    for prefix, unit in [*units, ("", policy)]:
-        for name, p in unit.named_parameters():
+    layers = policy.lm._no_split_modules  # the names of the decoder layers' classes
+    for prefix, unit in reversed(list(policy.named_modules())):  # the policy itself comes last
+        if unit is not policy and type(unit).__name__ not in layers:
+            continue
+        for name, p in unit.named_parameters(prefix):
             if not isinstance(p, DTensor):
-                found = whole_of(prefix + name, p, mesh.device_type)
+                found = whole_of(name, p, mesh.device_type)
                 found = nn.Parameter(found, p.requires_grad)
                 torch.utils.swap_tensors(p, found)  # tied weights stay tied
         fully_shard(unit, mesh=mesh, mp_policy=precision)
@@ -284,10 +225,9 @@ def shard(policy: Policy, device: torch.device, mesh: DeviceMesh, whole_of: Call
 @torch.no_grad()
 def from_first_rank(name: str, tensor: Tensor, device: str) -> Tensor:
     """The first rank's tensor, on all ranks. A collective."""
-    if tensor.is_meta:
-        found = torch.empty_like(tensor, device=device)
-    else:
-        found = tensor.detach().to(device)
+    found = torch.empty_like(tensor, device=device)
+    if not tensor.is_meta:
+        found.copy_(tensor)
     dist.broadcast(found, 0)
     return found
 

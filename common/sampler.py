@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,11 +25,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
 from common import TIMEOUT, require
-from common.architecture import context_length, sampling_cache, saved_buffers
+from common.architecture import context_length, sampling_cache, saved_buffers, without_weights
 from common.chat import end_tokens, response_text
-
-
-Tokens = Sequence[list[int]]  # the ids of some prompts
+from common.microbatches import Tokens, padded
 
 
 @dataclass
@@ -53,28 +52,27 @@ class Rollout:
 
 def make_sampler(args, tokenizer: PreTrainedTokenizerBase, device: torch.device):
     """The engine that --sampler names."""
-    setup, rows = args.setup, args.setup.sampler_rows
+    setup = args.setup
     if setup.sampler == "hf":
-        return HFSampler(args.model, tokenizer, device, rows=rows, blank=True)
+        return HFSampler(args.model, tokenizer, device, rows=setup.sampler_rows, blank=True)
     return VLLMSampler(
-        args.model, tokenizer, device, rows=rows, tensor_parallel=setup.tensor_parallel,
-        memory=setup.vllm_memory, blank=True,
+        args.model, tokenizer, device, rows=setup.sampler_rows, memory=setup.vllm_memory,
+        tensor_parallel=setup.tensor_parallel, blank=True,
     )
 
 
-def check_lengths(prompts: Tokens, max_tokens: int, room: float, whose: str, remedy: str) -> None:
+def check_lengths(prompts: Tokens, max_tokens: int, room: float, flag: str = "") -> None:
+    """flag: what gives this engine more room than `room` tokens."""
     longest = max(map(len, prompts), default=0)
     require(
         longest + max_tokens <= room,
-        f"a prompt of {longest} tokens and --max_tokens {max_tokens} exceed {whose} of {room} "
-        f"tokens; {remedy}",
+        f"a prompt of {longest} tokens and --max_tokens {max_tokens} exceed the {room} tokens "
+        f"that the sampler has room for; lower --max_tokens or shorten the prompts{flag}",
     )
 
 
 def as_rollout(sampler, prompt: list[int], ids: list[int], logprobs: list[float]) -> Rollout:
-    finish = "length"
-    if ids[-1] in sampler.ends:
-        finish = "stop"
+    finish = "stop" if ids[-1] in sampler.ends else "length"
     text = response_text(sampler.tokenizer, prompt, ids)
     return Rollout(prompt, ids, logprobs, finish, text)
 
@@ -93,9 +91,16 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float,
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])
     logp = (logits / temperature).log_softmax(-1)
     if top_k > 0:
-        logp = likeliest(logp, top_k)
+        count = min(top_k, logp.shape[-1])
+        kept = logp.topk(count).values
+        below = logp < kept[:, -1:]
+        logp = logp.masked_fill(below, -torch.inf).log_softmax(-1)
     if top_p < 1:
-        logp = nucleus(logp, top_p)
+        ranked, order = logp.sort(-1, descending=True)
+        p = ranked.double().exp()
+        before = p.cumsum(-1) - p  # mass of the likelier; the first is kept
+        nucleus = ranked.masked_fill(before >= top_p, -torch.inf)
+        logp = logp.scatter(-1, order, nucleus).log_softmax(-1)
     mass = logp.double().exp().cumsum(-1)  # in fp32 the sums of a GPU need not rise
     total = mass[:, -1]
     below_total = total.nextafter(torch.zeros_like(total))
@@ -104,23 +109,6 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float,
     token = torch.searchsorted(mass, target[:, None], right=True)
     chosen = logp.gather(-1, token)
     return token[:, 0], chosen[:, 0]
-
-
-def likeliest(logp: Tensor, top_k: int) -> Tensor:
-    """The distribution [B, V] of its top_k likeliest tokens."""
-    count = min(top_k, logp.shape[-1])
-    kept = logp.topk(count).values
-    below = logp < kept[:, -1:]
-    return logp.masked_fill(below, -torch.inf).log_softmax(-1)
-
-
-def nucleus(logp: Tensor, top_p: float) -> Tensor:
-    """The distribution [B, V] of the fewest likeliest tokens whose mass is at least top_p."""
-    ranked, order = logp.sort(-1, descending=True)
-    p = ranked.double().exp()
-    before = p.cumsum(-1) - p  # mass of the likelier tokens; the first token is kept
-    kept = ranked.masked_fill(before >= top_p, -torch.inf)
-    return logp.scatter(-1, order, kept).log_softmax(-1)
 
 
 @dataclass
@@ -141,8 +129,7 @@ class Reading:
 
     def extend(self) -> None:
         """Make room for one more token in each row."""
-        one = self.mask.new_ones(len(self.mask), 1)
-        self.mask = torch.cat([self.mask, one], 1)
+        self.mask = pad(self.mask, (0, 1), value=1)
         self.positions = self.positions + 1
 
 
@@ -153,9 +140,7 @@ class HFSampler:
                  rows: int = 128, blank: bool = False):
         """rows: rollouts decoded at once (those of one prompt always are); limits the KV cache.
         blank: start without the file's weights, which `load` brings."""
-        dtype = torch.float32
-        if device.type == "cuda":
-            dtype = torch.bfloat16
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if blank:
             config = AutoConfig.from_pretrained(path)
             with torch.device(device), no_init_weights():
@@ -164,11 +149,10 @@ class HFSampler:
         else:
             lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         sampling_cache(lm)  # ends the run if this sampler cannot read the model
-        self.lm = lm.to(device).eval()
-        self.lm.requires_grad_(False)
+        self.lm = lm.to(device).eval().requires_grad_(False)
         self.tokenizer, self.device, self.rows = tokenizer, device, rows
         self.ends = end_tokens(path, tokenizer)
-        self.context = context_length(self.lm)
+        self.context = context_length(lm.config)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take new weights and buffers, given as (Hugging Face name, tensor)."""
@@ -196,10 +180,7 @@ class HFSampler:
 
         Raises SystemExit if a prompt leaves no room for `max_tokens` in the context.
         """
-        check_lengths(
-            prompts, max_tokens, self.context, "the model's context",
-            "lower --max_tokens or shorten the prompts",
-        )
+        check_lengths(prompts, max_tokens, self.context)
         groups: list[list[Rollout]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
         size = max(1, self.rows // n)  # prompts at a time
@@ -250,14 +231,9 @@ class HFSampler:
 
     def read(self, prompts: Tokens, n: int) -> tuple[Reading, Tensor]:
         """Read each prompt once for its n rows: → the reading, next token's logits [rows, V]."""
-        width = max(map(len, prompts))
-        ids, mask = [], []
-        for prompt in prompts:
-            padding = [0] * (width - len(prompt))
-            ids.append(padding + prompt)
-            mask.append(padding + [1] * len(prompt))
-        ids = torch.tensor(ids, device=self.device)
-        mask = torch.tensor(mask, device=self.device)
+        ids = padded(prompts, left=True).to(self.device)
+        ones = [[1] * len(prompt) for prompt in prompts]
+        mask = padded(ones, left=True).to(self.device)
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
         past = sampling_cache(self.lm)
         (cache,) = past.values()
@@ -296,10 +272,7 @@ def random_streams(seed: tuple[int, ...], keys: list[int], n: int, length: int) 
 
 
 def cut(rows: Tensor, lengths: Tensor) -> list[list]:
-    out = []
-    for row, length in zip(rows.tolist(), lengths.tolist()):
-        out.append(row[:length])
-    return out
+    return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist())]
 
 
 def growing(layer):
@@ -383,8 +356,7 @@ class VLLMSampler:
             )
         except (NotImplementedError, ValueError) as error:
             raise SystemExit(self.refusal("start with", error)) from None
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config)
+        lm = without_weights(config)
         self.names = None  # knows the names of a checkpoint's weights, if they differ from lm's
         if get_model_conversion_mapping(lm, add_legacy=False):
             self.names = lm
@@ -450,11 +422,7 @@ class VLLMSampler:
         """As HFSampler.sample: the same distribution, other random numbers."""
         from vllm import SamplingParams
 
-        check_lengths(
-            prompts, max_tokens, self.context, "the engine's room",
-            "lower --max_tokens or shorten the prompts; if the model's context is longer, raise "
-            "--vllm_memory",
-        )
+        check_lengths(prompts, max_tokens, self.context, ", or raise --vllm_memory")
         asked, place = [(list(prompts), list(keys))], 0
         if self.sharing is not None:  # all ranks of an engine must ask it for the same
             asked = asked * dist.get_world_size(self.sharing)
