@@ -95,9 +95,7 @@ VARIANTS = {  # what belongs to each formula; for DAPO also the settings of its 
 DEMO = dict(
     model="assets/chain", task="chain", group_size=8, batch_size=16, minibatches=1, max_tokens=64,
     beta=0.0, share_prompts=True, lr=1e-4, warmup=0, steps=80,
-    setup=Setup(
-        checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40,
-    ),
+    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
 )
 
 

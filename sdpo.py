@@ -98,9 +98,7 @@ class Args:
 DEMO = dict(
     model="assets/chain", task="chain", kl="reverse", group_size=8, batch_size=16, max_tokens=64,
     lr=1e-4, warmup=0, steps=60,
-    setup=Setup(
-        checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40,
-    ),
+    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
 )
 
 

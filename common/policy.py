@@ -209,8 +209,7 @@ def shard(policy: Policy, device: torch.device, mesh: DeviceMesh, whole_of: Call
             continue
         for name, p in unit.named_parameters(prefix):
             if not isinstance(p, DTensor):
-                found = whole_of(name, p, mesh.device_type)
-                found = nn.Parameter(found, p.requires_grad)
+                found = nn.Parameter(whole_of(name, p, mesh.device_type), p.requires_grad)
                 torch.utils.swap_tensors(p, found)  # tied weights stay tied
         fully_shard(unit, mesh=mesh, mp_policy=precision)
         # losses are normalised over all ranks: add gradients up

@@ -459,8 +459,8 @@ def last_words(run: Run, kind: type, error: BaseException, trace) -> None:
     if not out_of_memory(error):
         return sys.__excepthook__(kind, error, trace)
     print(
-        f"error: out of memory in step {run.step}, phase {run.current}, on rank {run.rank}, with "
-        f"up to {run.peak_gib():.1f} GiB in use: {', then '.join(remedies(run))}; the last complete "
+        f"error: out of memory in step {run.step}, phase {run.current}, on rank {run.rank}, with up "
+        f"to {run.peak_gib():.1f} GiB in use: {', then '.join(remedies(run))}; the last complete "
         f"checkpoint is {checkpoints.last(run.folder) or 'none'}: go on with --resume auto",
         file=sys.stderr,
     )
@@ -477,7 +477,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def remedies(run: Run) -> list[str]:
     """What needs less memory in the present phase, the cheapest first."""
-    setup, phase, flags = run.setup, run.current, []
+    setup, phase = run.setup, run.current
+    flags = []
     if phase in ("score", "update"):
         flags = ["token_budget"]
     elif setup.sampler == "vllm":
