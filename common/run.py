@@ -459,9 +459,10 @@ def last_words(run: Run, kind: type, error: BaseException, trace) -> None:
     if not out_of_memory(error):
         return sys.__excepthook__(kind, error, trace)
     print(
-        f"error: out of memory in step {run.step}, phase {run.current}, on rank {run.rank}, with up "
-        f"to {run.peak_gib():.1f} GiB in use: {', then '.join(remedies(run))}; the last complete "
-        f"checkpoint is {checkpoints.last(run.folder) or 'none'}: go on with --resume auto",
+        f"error: out of memory in step {run.step}, phase {run.current}, on rank {run.rank}, with "
+        f"up to {run.peak_gib():.1f} GiB in use: {', then '.join(remedies(run))}; the last "
+        "complete checkpoint is "
+        f"{checkpoints.last(run.folder) or 'none'}: go on with --resume auto",
         file=sys.stderr,
     )
 

@@ -20,7 +20,7 @@ from ranks import finish, launch
 from ranks import run_grpo as grpo_in_a_rank
 from test_house import ALGORITHMS
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import grpo
 from common import checkpoints, rollouts
@@ -63,7 +63,9 @@ def assert_same_run(a, b, step: int) -> None:
 
 
 def test_a_run_leaves_what_the_readme_promises(tmp_path):
-    run_grpo(tmp_path, "--steps", "2", "--name", "r", "--track", "tensorboard")
+    model = shutil.copytree(CHAIN, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": 0}')  # not what ends a turn
+    run_grpo(tmp_path, "--model", str(model), "--steps", "2", "--name", "r", "--track", "tensorboard")
     run = tmp_path / "r"
     promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints"}
     assert {p.name for p in run.iterdir()} >= promised
@@ -81,6 +83,7 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Compute 23+45."}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+    assert set(GenerationConfig.from_pretrained(folder).eos_token_id) == {0, tokenizer.eos_token_id}
     dumped = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     assert dumped.keys() >= {"step", "id", "response", "reward"}
 
