@@ -425,7 +425,7 @@ def main(args: Args) -> None:
 
     if run.first_step <= updates:  # phase 2 begins: not resumed within phase 2
         optimizer = make_optimizer(policy, args, betas=(0.9, 0.999))
-        run.track(optimizer)
+        run.optimizer = optimizer  # what checkpoints hold from here on
     if args.phase != "srt":
         distil(run, rollouts, policy, teacher, optimizer, sd_problems, updates, args)
     if not run.stopping:

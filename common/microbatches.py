@@ -178,8 +178,7 @@ def micro_of(rows: list[int], responses: Tokens, ids: Tensor, index: list[int],
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
     """[B, L] filled up with zeros; at least one row and one column: a model reads no less."""
     width = max([1, *map(len, rows)])
-    height = max(1, len(rows))
-    out = torch.zeros(height, width, dtype=torch.long)
+    out = torch.zeros(max(1, len(rows)), width, dtype=torch.long)
     for b, row in enumerate(rows):
         values = torch.tensor(row, dtype=torch.long)
         if left:

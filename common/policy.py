@@ -186,10 +186,10 @@ def make_mesh(device: torch.device, over: str) -> DeviceMesh:
     ranks = torch.arange(world).view(-1, local)
     groups = []
     for lists in (ranks.T.tolist(), ranks.tolist()):
-        group, _ = dist.new_subgroups_by_enumeration(lists, timeout=TIMEOUT)
-        groups.append(group)
-    names = ("machine", "rank")
-    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
+        groups.append(dist.new_subgroups_by_enumeration(lists, timeout=TIMEOUT)[0])
+    return DeviceMesh.from_group(
+        groups, device.type, ranks, mesh_dim_names=("machine", "rank")
+    )
 
 
 def shard(policy: Policy, device: torch.device, mesh: DeviceMesh, whole_of: Callable) -> Policy:

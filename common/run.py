@@ -358,10 +358,6 @@ class Run:
         for note in rollouts.task.notes:
             self.say(note)
 
-    def track(self, optimizer: torch.optim.Optimizer) -> None:
-        """Checkpoints hold this optimizer from here on."""
-        self.optimizer = optimizer
-
     def save(self) -> None:
         self.phase("save")
         folder = self.folder / "checkpoints" / f"step_{self.step:06d}"
@@ -471,8 +467,6 @@ def out_of_memory(error: BaseException) -> bool:
     """True if memory ran out: for torch, for an engine, or for some rank at a checkpoint."""
     if isinstance(error, dcp.CheckpointException):
         return any(out_of_memory(failure) for failure, _ in error.failures.values())
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
     return isinstance(error, RuntimeError) and "out of memory" in str(error)
 
 

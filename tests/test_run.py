@@ -105,6 +105,11 @@ def test_six_steps_are_three_and_a_resume_and_three_bitwise(flags, tmp_path):
 def test_six_steps_are_three_and_a_resume_and_three_bitwise_in_two_processes(tmp_path):
     flags = [*SMALL, "--out", str(tmp_path), "--steps", "6", "--save_every", "3", "--name"]
     finish(launch(2, tmp_path / "log", grpo_in_a_rank, [*flags, "whole"]), tmp_path / "log")
+    folder = tmp_path / "whole" / "checkpoints" / "step_000006"
+    written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    listed = json.loads((folder / "manifest.json").read_text())
+    assert len([name for name in written if name.endswith(".distcp")]) == 2
+    assert listed.keys() == written - {"manifest.json"}  # each rank's files and the first one's
     interrupted(tmp_path / "whole", "parts", 3)
     resume = [*flags, "parts", "--resume", "auto"]
     finish(launch(2, tmp_path / "log", grpo_in_a_rank, resume), tmp_path / "log")
