@@ -203,10 +203,9 @@ def shard(policy: Policy, device: torch.device, mesh: DeviceMesh, whole_of: Call
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    layers = policy.lm._no_split_modules  # the names of the decoder layers' classes
     for prefix, unit in reversed(list(policy.named_modules())):  # the policy itself comes last
-        if unit is not policy and type(unit).__name__ not in layers:
-            continue
+        if unit is not policy and type(unit).__name__ not in policy.lm._no_split_modules:
+            continue  # not a decoder layer
         for name, p in unit.named_parameters(prefix):
             if not isinstance(p, DTensor):
                 found = nn.Parameter(whole_of(name, p, mesh.device_type), p.requires_grad)

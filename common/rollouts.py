@@ -114,8 +114,8 @@ class Rollouts:
             allow_unsafe_exec=setup.allow_unsafe_exec, restarts=restarts
         )
         self.verifier.check(problems[run.rank :: run.world])  # a bad reference ends the run here
-        config = AutoConfig.from_pretrained(args.model)
-        self.context_length = context_length(config)  # tokens that the model can read
+        # tokens that the model can read
+        self.context_length = context_length(AutoConfig.from_pretrained(args.model))
         self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
         self.check_lengths([problem.messages for problem in problems])
 

@@ -472,15 +472,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 def remedies(run: Run) -> list[str]:
     """What needs less memory in the present phase, the cheapest first."""
-    setup, phase = run.setup, run.current
-    flags = []
+    setup, phase, found = run.setup, run.current, []
     if phase in ("score", "update"):
-        flags = ["token_budget"]
+        found.append("lower --token_budget")
     elif setup.sampler == "vllm":
-        flags = ["vllm_memory"]
+        found.append("lower --vllm_memory")
     if phase in ("sample", "evaluate"):
-        flags += ["sampler_rows", "max_tokens"]
-    found = [f"lower --{flag}" for flag in flags]
+        found += ["lower --sampler_rows", "lower --max_tokens"]
     if phase == "update" and not setup.checkpointing:
         found.append("add --checkpointing")
     if setup.shard == "machine" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":

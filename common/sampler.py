@@ -69,13 +69,13 @@ def make_sampler(args, tokenizer: PreTrainedTokenizerBase, device: torch.device)
     )
 
 
-def check_lengths(prompts: Tokens, max_tokens: int, room: float, flag: str = "") -> None:
-    """flag: what gives this engine more room than `room` tokens."""
+def check_lengths(prompts: Tokens, max_tokens: int, room: float) -> None:
     longest = max(map(len, prompts), default=0)
     require(
         longest + max_tokens <= room,
         f"a prompt of {longest} tokens and --max_tokens {max_tokens} exceed the {room} tokens "
-        f"that the sampler has room for; lower --max_tokens or shorten the prompts{flag}",
+        "that the sampler has room for; lower --max_tokens, shorten the prompts, or, with vLLM, "
+        "raise --vllm_memory",
     )
 
 
@@ -436,7 +436,7 @@ class VLLMSampler:
         """As HFSampler.sample: the same distribution, other random numbers."""
         from vllm import SamplingParams
 
-        check_lengths(prompts, max_tokens, self.context, ", or raise --vllm_memory")
+        check_lengths(prompts, max_tokens, self.context)
         asked, place = [(list(prompts), list(keys))], 0
         if self.sharing is not None:  # all ranks of an engine must ask it for the same
             asked = asked * dist.get_world_size(self.sharing)
