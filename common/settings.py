@@ -34,10 +34,11 @@ class Setup:
     # machine
     token_budget: int = 16384  # padded tokens per forward pass of training
     sampler: Literal["hf", "vllm"] = "hf"  # engine: the model's Hugging Face code, or vLLM
-    sampler_rows: int = 128  # rollouts decoded at once (limits the KV cache)
+    sampler_rows: int = 32  # rollouts decoded at once: more is faster and needs more KV cache
     tensor_parallel: int = 1  # --sampler vllm: ranks that share an engine
-    vllm_memory: float = 0.4  # --sampler vllm: share of the GPU's memory for weights and KV cache
-    checkpointing: bool = False  # recompute activations: less memory, a third more time
+    vllm_memory: float = 0.6  # --sampler vllm: share of the GPU's memory for weights and KV cache
+    checkpointing: bool = True  # recompute activations: less memory, a third more time
+    shard: Literal["machine", "all"] = "machine"  # weights are split over a machine's ranks, or all
     lora_rank: int = 0  # train adapters of this rank (try 10 times the lr); 0: all weights
     lora_alpha: float = 32.0  # adapters add alpha/rank·B·A to a weight
     allow_unsafe_exec: bool = False  # run a model's programs without bubblewrap, with your rights
@@ -140,8 +141,8 @@ FIXED = (
 # change of any other setting.
 FREE = (
     "name", "out", "resume", "token_budget", "sampler_rows", "tensor_parallel", "vllm_memory",
-    "share_prompts", "checkpointing", "allow_unsafe_exec", "steps", "eval_every", "eval_only",
-    "dry_run", "save_every", "track", "demo",
+    "share_prompts", "checkpointing", "shard", "allow_unsafe_exec", "steps", "eval_every",
+    "eval_only", "dry_run", "save_every", "track", "demo",
 )
 
 

@@ -13,7 +13,7 @@ from test_run import assert_same_run, metrics, weights
 from transformers import AutoModelForCausalLM
 
 import grpo
-from common import checkpoints
+from common import TIMEOUT, checkpoints
 from common.chat import load_tokenizer
 from common.microbatches import micro_batches
 from common.policy import ema_update, full_weights, load_policy, optimizer_step
@@ -133,7 +133,10 @@ def hybrid(folder: str) -> None:
         os.environ["LOCAL_WORLD_SIZE"] = local
         policies.append(load_policy(CHAIN, CPU, Setup()))
         teachers.append(load_policy(CHAIN, CPU, Setup()))
-    assert [next(p.parameters()).device_mesh.ndim for p in policies] == [2, 1]
+    meshes = [next(p.parameters()).device_mesh for p in policies]
+    assert [mesh.ndim for mesh in meshes] == [2, 1]
+    for group in meshes[0].get_all_groups():  # as long as the default group of a run
+        assert group._get_backend(CPU).options._timeout == TIMEOUT
     optimizers = [torch.optim.AdamW(p.parameters(), lr=1e-4, fused=True) for p in policies]
     prompts, responses = [[1, 5 + rank]] * 3, [[7, 8, 9 + rank], [9, 2], [11]][: rank + 1]
     for step in range(2):

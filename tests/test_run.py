@@ -17,7 +17,7 @@ from ranks import another_port, finish, launch
 from ranks import run_grpo as grpo_in_a_rank
 from test_house import ALGORITHMS
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import grpo
 from common import checkpoints, log, rollouts
@@ -67,9 +67,11 @@ FOUR_STEPS = ["--steps", "4", "--save_every", "2"]
 def finished_run(tmp_path_factory):
     """The folder of a run `r` of four steps with checkpoints after two and four. Nothing may be written to it."""
     out = tmp_path_factory.mktemp("runs")
+    model = shutil.copytree(CHAIN, out / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": 0}')  # not what ends a turn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "draw_curves", log.draw_curves)
-        run_grpo(out, *FOUR_STEPS, "--name", "r", "--track", "tensorboard")
+        run_grpo(out, "--model", str(model), *FOUR_STEPS, "--name", "r", "--track", "tensorboard")
     return out
 
 
@@ -92,14 +94,16 @@ def test_a_run_leaves_what_the_readme_promises(finished_run):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Compute 23+45."}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+    assert set(GenerationConfig.from_pretrained(folder).eos_token_id) == {0, tokenizer.eos_token_id}
     dumped = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     assert dumped.keys() >= {"step", "id", "response", "reward"}
 
 
 def test_four_steps_are_two_and_a_resume_and_two_bitwise(finished_run, tmp_path):
     """As a shorter run leaves its folder."""
-    run_grpo(tmp_path, "--steps", "2", "--name", "parts")
-    run_grpo(tmp_path, "--steps", "4", "--name", "parts", "--resume", "auto")
+    flags = ["--model", str(finished_run / "model"), "--name", "parts"]
+    run_grpo(tmp_path, "--steps", "2", *flags)
+    run_grpo(tmp_path, "--steps", "4", *flags, "--resume", "auto")
     assert_same_run(finished_run / "r", tmp_path / "parts", 4)
 
 
@@ -136,6 +140,14 @@ def two_processes(tmp_path_factory):
 def test_four_steps_are_two_and_a_resume_and_two_bitwise_in_two_processes(two_processes):
     assert_same_run(two_processes / "whole", two_processes / "parts", 4)
     assert "resumed from" in (two_processes / "log").read_text()
+
+
+def test_the_manifest_lists_the_files_of_both_processes(two_processes):
+    folder = two_processes / "whole" / "checkpoints" / "step_000004"
+    written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    listed = json.loads((folder / "manifest.json").read_text())
+    assert len([name for name in written if name.endswith(".distcp")]) == 2
+    assert listed.keys() == written - {"manifest.json"}  # each rank's files and the first one's
 
 
 def test_groups_with_equal_rewards_are_counted_and_change_nothing(two_processes):

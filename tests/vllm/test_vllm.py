@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,26 @@ def agrees_and_follows(sampler: VLLMSampler, rank: int, dtype: str, bound: float
     new = [o for g in sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=48) for o in g]
     trained = score(policy, [o.prompt_ids for o in new], [o.response_ids for o in new], 4096)
     assert max((torch.tensor(o.logprobs) - t).abs().max().item() for o, t in zip(new, trained)) < bound
+
+
+def test_rollouts_that_lost_their_cache_are_counted_once(one_process, monkeypatch):
+    """Twelve blocks of 128 tokens for 32 rollouts of two blocks each."""
+    import vllm
+
+    monkeypatch.setattr(vllm, "LLM", partial(vllm.LLM, num_gpu_blocks_override=12))
+    monkeypatch.setattr(vllm, "SamplingParams", partial(vllm.SamplingParams, ignore_eos=True))
+    tokenizer = load_tokenizer(CHAIN)
+    sampler = VLLMSampler(CHAIN, tokenizer, CPU, rows=32)
+    sampler.ends = []
+    chats = [chat_ids(tokenizer, p.messages) for p in load_task("chain", heldout=8).train[:8]]
+    found = []
+    for length in (200, 8):
+        groups = sampler.sample(chats, 4, seed=(0,), keys=range(8), max_tokens=length)
+        assert all(len(o.response_ids) == length for g in groups for o in g)
+        found += sampler.preempted()
+    assert found[0] > 0 == found[1]
+    sampler.close()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # for the fixture
 
 
 SMALL = [*GROUPS, "--sampler", "vllm", "--eval_every", "2"]
