@@ -28,7 +28,7 @@ from common.architecture import (
     saved_buffers,
     without_weights,
 )
-from common.microbatches import Micro, Tokens, micro_batches
+from common.microbatches import Ids, Micro, micro_batches
 from kernels.divergence import Divergence
 from kernels.head import TokenStats, head_loss, token_stats
 
@@ -111,7 +111,7 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def score(model: Policy | Adapters | None, prompts: Tokens, responses: Tokens, budget: int,
+def score(model: Policy | Adapters | None, prompts: Ids, responses: Ids, budget: int,
           temperature: float = 1.0, field: str = "logp") -> list[Tensor] | None:
     """A field of TokenStats for every response under `model`, [|o|] each; None if it is None."""
     if model is None:

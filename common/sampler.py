@@ -33,7 +33,7 @@ from transformers.initialization import no_init_weights
 from common import TIMEOUT, require
 from common.architecture import context_length, empty_lm, sampling_cache, saved_buffers
 from common.chat import end_tokens, response_text
-from common.microbatches import Tokens, padded
+from common.microbatches import Ids, padded
 
 Weights = Iterable[tuple[str, Tensor]]  # Hugging Face names and whole tensors
 
@@ -69,7 +69,7 @@ def make_sampler(args, tokenizer: PreTrainedTokenizerBase, device: torch.device)
     )
 
 
-def check_lengths(prompts: Tokens, max_tokens: int, room: float) -> None:
+def check_lengths(prompts: Ids, max_tokens: int, room: float) -> None:
     longest = max(map(len, prompts), default=0)
     require(
         longest + max_tokens <= room,
@@ -178,7 +178,7 @@ class HFSampler:
         """There is nothing to end."""
 
     @torch.no_grad()
-    def sample(self, prompts: Tokens, n: int, *, seed: Sequence[int], keys: Sequence[int],
+    def sample(self, prompts: Ids, n: int, *, seed: Sequence[int], keys: Sequence[int],
                max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                top_k: int = 0) -> list[list[Rollout]]:
         """n rollouts per prompt. keys: one number per prompt, names its stream under `seed`.
@@ -200,7 +200,7 @@ class HFSampler:
                 groups[i].append(as_rollout(self, prompts[i], ids, logprobs))
         return groups
 
-    def decode(self, prompts: Tokens, n: int, uniforms: Tensor, temperature: float, top_p: float,
+    def decode(self, prompts: Ids, n: int, uniforms: Tensor, temperature: float, top_p: float,
                top_k: int) -> tuple[list, list]:
         """Decode n rows per prompt with `uniforms` [rows, max_tokens]: → ids and log-probabilities.
 
@@ -234,7 +234,7 @@ class HFSampler:
             logits = self.logits(token[:, None], reading.positions, reading)
         return cut(tokens, lengths), cut(logps, lengths)
 
-    def read(self, prompts: Tokens, n: int) -> tuple[Reading, Tensor]:
+    def read(self, prompts: Ids, n: int) -> tuple[Reading, Tensor]:
         """Read each prompt once for its n rows: → the reading, next token's logits [rows, V]."""
         ids = padded(prompts, left=True).to(self.device)
         ones = [[1] * len(prompt) for prompt in prompts]
@@ -430,7 +430,7 @@ class VLLMSampler:
         """End the engine and, with it, torch's process group."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def sample(self, prompts: Tokens, n: int, *, seed: Sequence[int], keys: Sequence[int],
+    def sample(self, prompts: Ids, n: int, *, seed: Sequence[int], keys: Sequence[int],
                max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                top_k: int = 0) -> list[list[Rollout]]:
         """As HFSampler.sample: the same distribution, other random numbers."""
