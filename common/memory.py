@@ -1,10 +1,12 @@
 """What a run takes of a GPU's memory: counted before it starts, not measured.
 
-`count` adds up what an update and the sampling keep alive. Activations and their gradients are counted by running the model
-once, forward and backward, on tensors without data; the rest is arithmetic. docs/memory.md says what is left out.
+`plan` adds up what an update and the sampling keep alive. Activations and their gradients are
+counted by running the model once, forward and backward, on tensors without data; the rest is
+arithmetic. docs/memory.md says what is left out.
 """
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from common.architecture import enable_checkpointing, key_value_size
+from common.policy import Policy, add_adapters
 from kernels.head import CHUNK_BYTES, GROUP
 
 GIB = 2**30
@@ -32,66 +35,150 @@ class Load(NamedTuple):
     copies: int  # whole models beside the policy: teacher, reference
     teacher: bool  # whether the loss needs a teacher's logits
     checkpointing: bool
-    rows: int = 0  # rollouts that --sampler hf decodes at once; 0: vLLM, which has memory of its own
+    rows: int = 0  # rollouts that --sampler hf decodes at once; 0: none
     sampled: int = 0  # tokens of the longest prompt and response
-    width: int = 2  # bytes of a number that is computed with: bf16 on CUDA
+    vllm: int = 0  # bytes that vLLM holds while it samples
+    tensor_parallel: int = 1  # processes that share vLLM's weights and cache
+    device: str = "cuda"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number that is computed with: bf16 on CUDA, fp32 on a CPU."""
+        return {"cuda": 2, "cpu": 4}[self.device]
 
 
 class Count(NamedTuple):
     """Bytes of one process."""
 
-    weights: int  # this process's share of weights, gradient and AdamW's moments
+    weights: int  # its share of weights, gradient and AdamW's moments
     copies: int  # its share of the other models
     sampler: int  # the weights of --sampler hf
     head: int  # more at the end of a forward pass, while the loss is computed
     backward: int  # more in the backward pass
     root: int  # more while the gradient of embeddings and head is shared out
-    decoding: int  # more while --sampler hf samples, less the gradient, which is not there yet
+    sampling: int  # more while it samples; the gradient is not there then
 
     @property
     def update(self) -> int:
-        return self.standing + max(self.head, self.backward, self.root)
+        return max(self.head, self.backward, self.root)
 
     @property
-    def sampling(self) -> int:
-        return self.standing + self.decoding
-
-    @property
-    def standing(self) -> int:
-        return self.weights + self.copies + self.sampler
+    def peak(self) -> int:
+        return self.weights + self.copies + self.sampler + max(self.update, self.sampling)
 
 
-def count(lm: PreTrainedModel, load: Load) -> Count:
-    """What `lm`, whose weights are on the meta device, takes. With LoRA it has its adapters already.
+def plan(args, lm: PreTrainedModel, rollouts, world: int, copies: int) -> str:
+    """For --dry_run: what a run with `args` takes of each process, and whether that fits.
 
-    Changes `lm` to the dtype that is computed with. Raises RuntimeError or NotImplementedError if
-    the model cannot run without data.
+    lm: without weights. copies: whole models beside the policy. Without a GPU, and without
+    --gpu_memory, it is a run on a CPU that is counted.
+    """
+    setup, device, gpu = args.setup, "cpu", int(args.setup.gpu_memory * GIB)
+    if torch.cuda.is_available() and not gpu:
+        gpu = torch.cuda.get_device_properties(0).total_memory
+    if gpu:
+        device = "cuda"
+    if setup.lora_rank > 0:
+        add_adapters(Policy(lm), setup.lora_rank, setup.lora_alpha)
+    shards = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if setup.shard == "all":
+        shards = world
+    mine = args.batch_size * getattr(args, "group_size", 1) // world  # rollouts
+    rows, vllm = min(setup.sampler_rows, mine), 0
+    if setup.sampler == "vllm":
+        rows, vllm = 0, int(setup.vllm_memory * gpu)
+    longest = int(rollouts.longest)
+    load = Load(
+        tokens=min(max(setup.token_budget, longest), mine * longest), longest=longest,
+        shards=shards, copies=copies, teacher=hasattr(args, "kl"),
+        checkpointing=setup.checkpointing, rows=rows, sampled=int(rollouts.sampled), vllm=vllm,
+        tensor_parallel=setup.tensor_parallel, device=device,
+    )
+    return report(lm, load, gpu)
+
+
+def report(lm: PreTrainedModel, load: Load, gpu: int) -> str:
+    """The sum in words, for --dry_run. gpu: bytes of its memory, 0 if there is none to plan for."""
+    try:
+        c = count(lm, load, activations(lm, load))
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        return f"memory  not counted: {type(lm).__name__} does not run without data ({reason})"
+    parameters = sizes(lm).all
+    kept = "activations recomputed layer by layer"
+    if not load.checkpointing:
+        kept = "all activations kept"
+    lines = [
+        (c.weights, f"weights, gradient, AdamW: {parameters:,} parameters / {load.shards}"),
+        (c.copies, f"{load.copies} more model(s)"),
+        (c.sampler, "the sampler's weights"),
+        (c.update, f"on top in an update: {load.tokens:,} tokens, {kept}"),
+        (c.sampling, "on top while sampling, less the gradient"),
+        (c.peak, "at most"),
+    ]
+    table = "\n".join(f"{size / GIB:10.3f}  {words}" for size, words in lines)
+    said = f"memory  per process, GiB, counted, not measured (docs/memory.md)\n{table}"
+    if not gpu:
+        return f"{said}\nfor a GPU: add --gpu_memory and its GiB"
+    return f"{said}\n{verdict(lm, load, c, gpu)}"
+
+
+def verdict(lm: PreTrainedModel, load: Load, c: Count, gpu: int) -> str:
+    """Whether it fits, and what to lower if it does not."""
+    fits = f"fits {gpu / GIB:.3g} GiB"
+    if load.vllm:
+        cache = load.vllm - load.width * sizes(lm).all // load.tensor_parallel
+        row = load.sampled * token_bytes(lm, load) // load.tensor_parallel
+        rows = cache // max(1, row)
+        if rows < 1:
+            return f"{fits}: no, vLLM has no room for {load.sampled:,} tokens: raise --vllm_memory"
+        fits = f"vLLM has room for {rows:,} rows of {load.sampled:,} tokens\n{fits}"
+    if c.peak <= ROOM * gpu:
+        return f"{fits}: yes"
+    if c.sampling > c.update:
+        return f"{fits}: no: lower --sampler_rows, or --vllm_memory with --sampler vllm"
+    return f"{fits}: no: lower --token_budget, then take --lora_rank 32, then more GPUs"
+
+
+# --------------------------------------------------------------------------------------------------
+# the sum
+# --------------------------------------------------------------------------------------------------
+def count(lm: PreTrainedModel, load: Load, kept: tuple[int, int]) -> Count:
+    """What `lm` takes, whose weights may be on the meta device and which has its adapters already.
+
+    kept: its `activations`.
     """
     w, shards = load.width, load.shards
-    units = [sizes(module) for module in lm.modules() if type(module).__name__ in lm._no_split_modules]
-    whole = sizes(lm)
-    unit = Sizes(max(u.all for u in units), max(u.trained for u in units))
-    root = Sizes(whole.all - sum(u.all for u in units), whole.trained - sum(u.trained for u in units))
-    gradient = 4 * whole.trained // shards
+    head = lm.get_output_embeddings().weight
+    units = []
+    for module in lm.modules():
+        if type(module).__name__ in lm._no_split_modules:
+            units.append(sizes(module))
+    whole, unit = sizes(lm), max(units)
+    root = Sizes(
+        whole.all - sum(u.all for u in units), whole.trained - sum(u.trained for u in units)
+    )
     frozen = whole.all - whole.trained
-    weights = (12 * whole.trained + (w if whole.trained < whole.all else 4) * frozen) // shards
-    copied = whole.trained if frozen else whole.all  # of a LoRA policy the adapters
-    after, most = activations(lm, load)
-    vocabulary, D = lm.get_output_embeddings().weight.shape
-    trained_head = lm.get_output_embeddings().weight.requires_grad
-    seen = w * load.tokens * D * load.teacher * max(1, load.copies)
-    gathered = w * root.all * (1 + (load.teacher and load.copies > 0 and not frozen))
-    # two layers are whole, the second gathered ahead; one's gradient in bf16, the last two in fp32
-    layers = 2 * w * unit.all + (w + 4) * unit.trained
-    d_head = w * vocabulary * D * trained_head + w * load.tokens * D
+    adapters = frozen > 0
+    width = w if adapters else 4  # of a frozen weight
+    copied = whole.trained if adapters else whole.all  # of a LoRA policy's teacher the adapters
+    own = load.teacher and load.copies > 0 and not adapters  # the teacher has embeddings of its own
+    # embeddings and head stay whole; so do two layers, the second gathered ahead. A layer's
+    # gradient is there in bf16, and twice in fp32 while the ranks share it out.
+    whole_root = w * root.all * (1 + own)
+    layers = 2 * w * unit.all + (w + 8) * unit.trained
+    seen = w * load.tokens * head.shape[1] * load.teacher * max(1, load.copies)
+    after, most = kept
+    gradient = 4 * whole.trained // shards
+    d_head = w * head.numel() * head.requires_grad
     return Count(
-        weights=weights + gradient,
+        weights=(12 * whole.trained + width * frozen) // shards + gradient,
         copies=4 * load.copies * copied // shards,
         sampler=w * whole.all * (load.rows > 0),
-        head=gathered + after + seen + head_bytes(load, vocabulary, D, trained_head),
-        backward=gathered + most + seen + d_head + layers,
-        root=gathered + (w + 4) * root.trained,
-        decoding=decoding_bytes(lm, load, vocabulary) - gradient,
+        head=whole_root + after + seen + head_bytes(load, *head.shape, head.requires_grad),
+        backward=whole_root + most + seen + d_head + layers,
+        root=whole_root + (w + 4) * root.trained,
+        sampling=load.vllm + decoding_bytes(lm, load, len(head)) - gradient,
     )
 
 
@@ -110,8 +197,7 @@ def sizes(module: nn.Module) -> Sizes:
 
 def head_bytes(load: Load, vocabulary: int, D: int, trained: bool) -> int:
     """What kernels/head.py allocates for hidden states [T, D] and a head [V, D]."""
-    T = load.tokens
-    device = "cuda" if load.width == 2 else "cpu"
+    T, device = load.tokens, load.device
     logits = min(CHUNK_BYTES[device], 4 * T * vocabulary)
     inputs = load.width * T * D  # the hidden states that predict a response's tokens
     gradients = 4 * (T * D + vocabulary * D * trained)  # in fp32
@@ -122,14 +208,19 @@ def head_bytes(load: Load, vocabulary: int, D: int, trained: bool) -> int:
 
 def decoding_bytes(lm: PreTrainedModel, load: Load, vocabulary: int) -> int:
     """What --sampler hf allocates: its cache with spare room, one layer's keys and values repeated
-    for all heads, and several arrays of [rows, V] in fp32."""
-    if load.rows == 0:
-        return 0
+    for all heads, and about ten arrays [rows, V] in fp32."""
     config = lm.config.get_text_config()
-    per_token = load.width * key_value_size(lm)  # of a layer
-    repeats = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    cache = load.rows * load.sampled * per_token
-    return int(1.5 * cache) * config.num_hidden_layers + cache * repeats + 10 * 4 * load.rows * vocabulary
+    tokens = load.rows * load.sampled
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cache = int(1.5 * tokens * token_bytes(lm, load))
+    repeated = 2 * load.width * tokens * heads * width
+    return cache + repeated + 40 * load.rows * vocabulary
+
+
+def token_bytes(lm: PreTrainedModel, load: Load) -> int:
+    """Keys and values of a token in all layers."""
+    return load.width * key_value_size(lm) * lm.config.get_text_config().num_hidden_layers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,9 +228,13 @@ def decoding_bytes(lm: PreTrainedModel, load: Load, vocabulary: int) -> int:
 # --------------------------------------------------------------------------------------------------
 def activations(lm: PreTrainedModel, load: Load) -> tuple[int, int]:
     """Bytes that the layers' activations hold after a forward pass, and at most until the end of
-    the backward pass, with gradients of activations but not of weights."""
+    the backward pass, with gradients of activations but not of weights.
+
+    Changes `lm`, whose weights are on the meta device, to the dtype that is computed with. Raises
+    RuntimeError or NotImplementedError if the model does not run without data.
+    """
     dtype = torch.bfloat16 if load.width == 2 else torch.float32
-    lm.to(dtype)
+    lm.eval().to(dtype)
     if load.checkpointing:
         enable_checkpointing(lm)
     rows = -(-load.tokens // load.longest)
@@ -148,7 +243,10 @@ def activations(lm: PreTrainedModel, load: Load) -> tuple[int, int]:
     for p in lm.parameters():
         if p.requires_grad:
             hooks.append(p.register_post_accumulate_grad_hook(forget))
-    with Ledger("meta") as ledger, flash_attention():
+    ledger = Ledger("meta")
+    for x in (*lm.parameters(), *lm.buffers()):
+        ledger.sizes[x.untyped_storage()._cdata] = 0  # views of weights are no activations
+    with ledger, flash_attention():
         hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         after = ledger.live
         hidden.backward(torch.empty_like(hidden))

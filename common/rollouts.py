@@ -115,6 +115,7 @@ class Rollouts:
         self.context_length = model_context(args.model)  # tokens that the model can read
         self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
         self.check_lengths([problem.messages for problem in problems])
+        self.sampled = self.longest  # tokens of the longest prompt without a hint, and its response
 
     def sync(self, policy: Policy) -> None:
         """Give the engine the policy's weights. A collective."""

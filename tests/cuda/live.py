@@ -1,11 +1,11 @@
 """Bytes that are alive in an update of a Qwen3 on pretended ranks:
 
-    python tests/cuda/live.py '{"model": "8B", "ranks": 8, "tokens": 16384, "longest": 2048, "copies": 1, "teacher": true}'
+    python tests/cuda/live.py '{"model": "8B", "ranks": 8, "tokens": 16384, "longest": 2048, "copies": 1, "teacher": true}' …
 
 The update is that of common/policy.py over FSDP2 and kernels/head.py, with the weights, moments and teachers that hsd.py has.
 Attention keeps what a flash kernel keeps, and Triton's kernels do nothing. AdamW has its moments, and the gradient of an earlier
 micro-batch is there. "layers" in place of all of them: the bytes are linear in their number.
-Prints JSON: GiB at most in each phase. Without "teacher" the loss is GRPO's.
+Prints a line of JSON per case: bytes at most in each phase. Without "teacher" the loss is GRPO's.
 """
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 
 from common import policy  # noqa: E402
 from common.architecture import enable_checkpointing  # noqa: E402
-from common.memory import GIB, Ledger, flash_attention  # noqa: E402
+from common.memory import Ledger, flash_attention  # noqa: E402
 from common.microbatches import micro_batches  # noqa: E402
 from kernels import rows_triton  # noqa: E402
 from kernels.head import Divergence  # noqa: E402
@@ -49,15 +49,23 @@ class Ranks(Ledger):
 
         return resized
 
-    def phase(self) -> float:
-        """GiB at most since the last call."""
+    def phase(self) -> int:
+        """Bytes at most since the last call."""
         peak, self.peak = self.peak, self.live
-        return round(peak / GIB, 2)
+        return peak
 
 
 class Nothing:
     def __getitem__(self, grid):
         return lambda *_, **__: None
+
+
+def distance(tokens, _) -> torch.Tensor:
+    return tokens.kl
+
+
+def surprise(tokens, _) -> torch.Tensor:
+    return -tokens.logp
 
 
 def load(case: dict, trained: bool, device: torch.device) -> policy.Policy:
@@ -78,7 +86,6 @@ def load(case: dict, trained: bool, device: torch.device) -> policy.Policy:
 
 
 def main(case: dict) -> dict:
-    pretend.install()
     pretend.group_of(case["ranks"])()
     rows = -(-case["tokens"] // case["longest"])
     length = case["tokens"] // rows
@@ -87,8 +94,6 @@ def main(case: dict) -> dict:
     resize = torch.UntypedStorage.resize_
     with (mock.patch.object(torch.UntypedStorage, "resize_", ledger.resizing(resize)), pretend.Pretend(), ledger,
           flash_attention()):
-        for kernel in ("statistics_kernel", "sums_kernel", "gradient_kernel"):
-            setattr(rows_triton, kernel, Nothing())
         student = load(case, True, pretend.GPU)
         teacher = student
         if case.get("copies"):
@@ -101,18 +106,21 @@ def main(case: dict) -> dict:
         (micro,) = micro_batches(prompts, responses, None, case["tokens"], pretend.GPU)
         seen = [teacher.read(micro)] if case.get("teacher") else []
         peaks["teacher"] = ledger.phase()
-        total, stats = student(micro, lambda tokens, _: tokens.kl if seen else -tokens.logp, None, seen,
-                               divergence=Divergence("forward_kl"))
+        total, stats = student(micro, distance if seen else surprise, None, seen, divergence=Divergence("forward_kl"))
         peaks["forward"] = ledger.phase()
         total.backward()
         peaks["backward"] = ledger.phase()
         del total, stats, seen, micro
         policy.optimizer_step(student, optimizer, 1e-6, 1.0)
         peaks["optimizer"] = ledger.phase()
-        peaks["between"] = round(ledger.live / GIB, 2)
+        peaks["between"] = ledger.live
     dist.destroy_process_group()
     return peaks
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    pretend.install()
+    for kernel in ("statistics_kernel", "sums_kernel", "gradient_kernel"):
+        setattr(rows_triton, kernel, Nothing())
+    for text in sys.argv[1:]:
+        print(json.dumps(main(json.loads(text))), flush=True)

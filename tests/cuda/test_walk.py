@@ -30,7 +30,7 @@ WALKS = {  # by the number of ranks
     ],
 }
 MISTAKES = {  # of walk.py → what is said of them
-    "on_the_cpu": "is on cpu",
+    "on_the_cpu": "y is on cpu",
     "cast_to_bf16": "is torch.bfloat16, not fp32",
     "head_of_a_shard": "entries, not of",
 }

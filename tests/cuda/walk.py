@@ -36,8 +36,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from common import checkpoints, policy, run, sampler, verifiers  # noqa: E402
-from common.microbatches import Micro  # noqa: E402
+from common import checkpoints, microbatches, policy, run, sampler, verifiers  # noqa: E402
 from common.settings import parse  # noqa: E402
 from kernels import head, rows_triton  # noqa: E402
 
@@ -90,7 +89,6 @@ def checked_inputs(of):
     def checked(*args):
         inputs = of(*args)
         models = [(inputs.hidden, inputs.head), *zip(inputs.teacher[::2], inputs.teacher[1::2])]
-        assert inputs.targets.dtype == torch.int64 and inputs.targets.device == pretend.GPU
         for hidden, weight in models:
             assert hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device == weight.device == pretend.GPU
             assert len(weight) == VOCABULARY, f"a head of {len(weight)} entries, not of {VOCABULARY}"
@@ -145,9 +143,8 @@ def verdicts(self, problems, texts) -> list[verifiers.Verdict]:
 # mistakes, to see that they are found
 # ---------------------------------------------------------------------------------------------------------------------
 def on_the_cpu(patch) -> None:
-    """A tensor that is left on the CPU."""
-    patch(Micro, "per_token", lambda self, values: torch.as_tensor(values, dtype=torch.float32).flatten()[self.rows][
-        torch.tensor(self.lengths).new_ones(len(self.rows)).cumsum(0).sub(1).repeat_interleave(torch.tensor(self.lengths))])
+    """Indices and targets that are left on the CPU. (Inputs of a loss that were would be moved by FSDP.)"""
+    patch(microbatches, "as_long", lambda values, device: torch.tensor(values, dtype=torch.long))
 
 
 def cast_to_bf16(patch) -> None:
@@ -190,7 +187,7 @@ def walk(line: str, world: int, out: str) -> dict:
     args = parse(module.Args, module.presets, [*shlex.split(COMMON), *flags, "--out", f"{out}/{mistake}{name}", "--model", f"{out}/model"])
     launches, began, failed = Counter(), time.process_time(), ""
     with ExitStack() as stack, pretend.Pretend() as pretended:
-        patch = lambda *what: stack.enter_context(mock.patch.object(*what))  # noqa: E731
+        patch = lambda *what: stack.enter_context(mock.patch.object(*what))
         patch(run, "rendezvous", lambda: (None, 0, world))
         patch(dist, "init_process_group", pretend.group_of(world))
         patch(sampler.HFSampler, "decode", responses(sampler.HFSampler.decode))
