@@ -214,7 +214,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=int(args.beta > 0))
     policy = load_policy(args.model, run.device, args.setup, args.share_prompts)
-    reference = frozen_copy(policy, args.model, run.device) if args.beta > 0 else None
+    reference = frozen_copy(policy, run.device) if args.beta > 0 else None
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts)
     budget = args.setup.token_budget

@@ -230,7 +230,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=int(args.lam > 0))
     policy = load_policy(args.model, run.device, args.setup)
-    teacher = frozen_copy(policy, args.model, run.device) if args.lam > 0 else None
+    teacher = frozen_copy(policy, run.device) if args.lam > 0 else None
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts, teacher=teacher)
     budget = args.setup.token_budget

@@ -280,7 +280,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=int(args.teacher != "live"))
     policy = load_policy(args.model, run.device, args.setup)
-    slow = policy if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
+    slow = policy if args.teacher == "live" else frozen_copy(policy, run.device)
     teachers, mix = teacher_models(slow, policy, args)
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts, slow, moving=args.teacher == "ema")
@@ -326,7 +326,7 @@ def main(args: Args) -> None:
             run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
         if args.teacher == "ema":  # once per step, after all its updates, as released
             ema_update(slow, policy, args.teacher_rate)
-
+        slow.reshard()  # to be read, its embeddings and head were gathered
         rollouts.sync(policy)
         if step % args.setup.eval_every == 0:
             run.collect(rollouts.teacher_accuracy(slow, policy, batch, hinted, has_context))

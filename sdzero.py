@@ -400,7 +400,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=1)
     policy = load_policy(args.model, run.device, args.setup)
-    teacher = frozen_copy(policy, args.model, run.device)  # becomes θ_SRT when phase 2 begins
+    teacher = frozen_copy(policy, run.device)  # becomes θ_SRT when phase 2 begins
     optimizer = make_optimizer(
         policy, args, betas=(0.9, 0.95), weight_decay=args.srt_weight_decay
     )
@@ -499,6 +499,7 @@ def distil(run: Run, rollouts: Rollouts, policy: Policy, teacher: Policy, optimi
             run.collect(diagnostics(stats, micro.per_token(batch.rewards), sampler_logp))
         lr = args.lr * warm_up(step - updates, args.warmup)
         run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
+        teacher.reshard()  # to be read, its embeddings and head were gathered
 
         rollouts.sync(policy)
         run.collect(cost(batch, run.world) | {"phase": [2]})

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Tokens = Sequence[list[int]]  # the ids of some prompts or responses
 MOST_PADDING = 0.25  # no row of a micro-batch is shorter than 1 − this share of the longest
 
 
@@ -37,7 +38,7 @@ class Micro:
         total = sum(self.lengths)
         return order.repeat_interleave(lengths, output_size=total)
 
-    def with_prompts(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Micro:
+    def with_prompts(self, prompts: Tokens, responses: Tokens) -> Micro:
         """The same responses behind other prompts."""
         return padded_right(prompts, responses, self.rows, self.ids.device)
 
@@ -52,24 +53,25 @@ class Micro:
         mine = flat[self.rows].to(self.ids.device)
         return mine[self.rollout]
 
-    def concat(self, values: Sequence[Sequence[float] | Tensor] | None) -> Tensor | None:
+    def concat(self, values: Sequence | None) -> Tensor | None:
         """One sequence per rollout of the batch → their concatenation [T], in fp32; None → None."""
         if values is None:
             return None
         device = self.ids.device
         parts = [torch.empty(0, device=device)]
         for row in self.rows:
-            parts.append(torch.as_tensor(values[row], dtype=torch.float32, device=device))
+            mine = torch.as_tensor(values[row], dtype=torch.float32)
+            parts.append(mine.to(device))
         return torch.cat(parts)
 
     def split(self, values: Tensor) -> dict[int, Tensor]:
         """Per-token values [T] → rollout of the batch: its values [|o|], on the CPU."""
-        return dict(zip(self.rows, values.cpu().split(self.lengths)))
+        parts = values.cpu().split(self.lengths)
+        return dict(zip(self.rows, parts))
 
 
-def micro_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]],
-                  kept: Tensor | None, budget: int, device: torch.device,
-                  share_prompts: bool = False) -> list[Micro]:
+def micro_batches(prompts: Tokens, responses: Tokens, kept: Tensor | None, budget: int,
+                  device: torch.device, share_prompts: bool = False) -> list[Micro]:
     """Sort rollouts by length and group them into micro-batches of at most `budget` padded tokens.
 
     kept: a mask over the rollouts, [Q, G] or flat; None keeps all. A row longer than the budget
@@ -77,9 +79,7 @@ def micro_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]],
     FSDP's collectives match: ranks with fewer split some of theirs or add empty ones.
     share_prompts: read each different prompt of a micro-batch once.
     """
-    sizes = []
-    for prompt, response in zip(prompts, responses):
-        sizes.append(len(prompt) + len(response))
+    sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     rows = list(range(len(sizes)))
     if kept is not None:
         rows = kept.flatten().nonzero().flatten().tolist()
@@ -89,9 +89,11 @@ def micro_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]],
     for row in rows:
         size = sizes[row]
         similar = size >= (1 - MOST_PADDING) * width
-        if bins and similar and (len(bins[-1]) + 1) * width <= budget:
-            bins[-1].append(row)
-            continue
+        if bins and similar:
+            padded_size = width * (len(bins[-1]) + 1)
+            if padded_size <= budget:
+                bins[-1].append(row)
+                continue
         bins.append([row])
         width = size
     split_evenly(bins)
@@ -110,7 +112,7 @@ def split_evenly(bins: list[list[int]]) -> None:
         del fullest[half:]
 
 
-def padded_right(prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: list[int],
+def padded_right(prompts: Tokens, responses: Tokens, rows: list[int],
                  device: torch.device) -> Micro:
     """Rows of prompt and response, padded on the right.
 
@@ -118,28 +120,34 @@ def padded_right(prompts: Sequence[list[int]], responses: Sequence[list[int]], r
     >>> m.ids.tolist(), m.index.tolist(), m.targets.tolist()
     ([[1, 2, 4], [3, 5, 6]], [1, 3, 4], [4, 5, 6])
     """
-    ids = padded([prompts[row] + responses[row] for row in rows])
+    whole = [prompts[row] + responses[row] for row in rows]
+    ids = padded(whole)
     width = ids.shape[1]
     index: list[int] = []
     for b, row in enumerate(rows):
         first = b * width + len(prompts[row]) - 1  # the prompt's last token
-        index += range(first, first + len(responses[row]))
+        last = first + len(responses[row])
+        index += range(first, last)
     return micro_of(rows, responses, ids, index, device)
 
 
-def shared_prompts(prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: list[int],
+def shared_prompts(prompts: Tokens, responses: Tokens, rows: list[int],
                    device: torch.device) -> Micro:
     """Each different prompt once, padded on the left, and rows of responses alone.
 
     Flattened positions count through all prompts, then through all rows. A prompt's last token
     predicts the first token of a response; the last token of a response need not be read.
     """
-    different = list(dict.fromkeys(tuple(prompts[row]) for row in rows)) or [(0,)]
-    which = [different.index(tuple(prompts[row])) for row in rows]
+    asked = [tuple(prompts[row]) for row in rows]
+    different = list(dict.fromkeys(asked)) or [(0,)]
+    which = [different.index(prompt) for prompt in asked]
     prefix = padded(different, left=True)
-    mask = padded([[1] * len(prompt) for prompt in different], left=True)
-    ids = padded([responses[row][:-1] for row in rows])
-    wide, width = prefix.shape[1], ids.shape[1]
+    ones = [[1] * len(prompt) for prompt in different]
+    mask = padded(ones, left=True)
+    read = [responses[row][:-1] for row in rows]
+    ids = padded(read)
+    wide = prefix.shape[1]
+    width = ids.shape[1]
     index: list[int] = []
     for b, row in enumerate(rows):
         prompt_end = (which[b] + 1) * wide - 1
@@ -153,7 +161,7 @@ def shared_prompts(prompts: Sequence[list[int]], responses: Sequence[list[int]],
     return micro
 
 
-def micro_of(rows: list[int], responses: Sequence[list[int]], ids: Tensor, index: list[int],
+def micro_of(rows: list[int], responses: Tokens, ids: Tensor, index: list[int],
              device: torch.device) -> Micro:
     """The Micro of `rows` whose response tokens are predicted at `index`."""
     lengths: list[int] = []
@@ -162,13 +170,16 @@ def micro_of(rows: list[int], responses: Sequence[list[int]], ids: Tensor, index
         response = responses[row]
         lengths.append(len(response))
         targets += response
-    return Micro(rows, lengths, ids.to(device), as_long(index, device), as_long(targets, device))
+    ids = ids.to(device)
+    index = as_long(index, device)
+    return Micro(rows, lengths, ids, index, as_long(targets, device))
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
     """[B, L] filled up with zeros; at least one row and one column: a model reads no less."""
     width = max([1, *map(len, rows)])
-    out = torch.zeros(max(1, len(rows)), width, dtype=torch.long)
+    height = max(1, len(rows))
+    out = torch.zeros(height, width, dtype=torch.long)
     for b, row in enumerate(rows):
         values = torch.tensor(row, dtype=torch.long)
         if left:

@@ -5,19 +5,17 @@ and verifier. `Batch` is what comes out: the groups of one step with rewards and
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from common import require
-from common.architecture import check_architecture, empty_lm
+from common.architecture import check_architecture, context_length, empty_lm
 from common.chat import as_text, chat_ids, load_tokenizer
 from common.policy import Policy, full_weights, score
 from common.sampler import HFSampler, Rollout, make_sampler
@@ -112,7 +110,8 @@ class Rollouts:
         self.tokenizer = load_tokenizer(args.model, args.thinking, problems)
         self.verifier = Verifier(allow_unsafe_exec=setup.allow_unsafe_exec)
         self.verifier.check(problems[run.rank :: run.world])  # a bad reference ends the run here
-        self.context_length = model_context(args.model)  # tokens that the model can read
+        config = AutoConfig.from_pretrained(args.model)
+        self.context_length = context_length(config)  # tokens that the model can read
         self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
         self.check_lengths([problem.messages for problem in problems])
         self.sampled = self.longest  # tokens of the longest prompt without a hint, and its response
@@ -259,6 +258,7 @@ class Rollouts:
         self.run.phase(phase or "sample")
         seed = (args.setup.seed, stream)
         sampled = self.sampler.sample(prompts, n, seed=seed, keys=keys, **(settings | sampling))
+        self.run.collect({"preempted": self.sampler.preempted()})
         self.run.phase(phase or "verify")
         repeated = [problem for problem in problems for _ in range(n)]
         verdicts = self.verifier(repeated, [o.text for rollouts in sampled for o in rollouts])
@@ -300,12 +300,6 @@ def first_sync(sampler, policy: Policy, prompt: list[int]) -> None:
         f"log-probabilities differ from the policy's by {gap:.2g} nats per token; take --sampler "
         f"{other} or another checkpoint",
     )
-
-
-def model_context(path: str) -> float:
-    """The context of the model in tokens; infinite if its configuration does not say."""
-    config = transformers.AutoConfig.from_pretrained(path).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def heldout_metrics(groups: list[Group]) -> dict:

@@ -28,6 +28,7 @@ from common.chat import load_tokenizer
 from common.microbatches import micro_batches
 from common.policy import (
     Policy,
+    frozen_copy,
     full_weights,
     load_policy,
     make_optimizer,
@@ -276,9 +277,11 @@ def test_an_architecture_trains_right_or_is_refused(family, tmp_path, one_proces
             check_architecture(empty_lm(path), path, sampler="hf")
         return
     policy = load_policy(path, CPU, Setup(checkpointing=False), share_prompts=family.shares)
-    sampler = HFSampler(path, load_tokenizer(CHAIN), CPU)
+    sampler = HFSampler(path, load_tokenizer(CHAIN), CPU, blank=True)
+    sampler.load(full_weights(policy))
     sampler.ends = [*range(30, 40)]  # some rows end early and leave the batch
     case = sampled(sampler, 1, policy)
+    assert torch.equal(case.scores(frozen_copy(policy, CPU)), case.scores(policy))
     alone = case.references(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
     torch.testing.assert_close(alone, case.scores(policy), atol=1e-4, rtol=0)
     if family.shares:

@@ -99,7 +99,7 @@ def test_kernels_make_no_gradient_of_a_frozen_head(rank, one_process, monkeypatc
 def test_with_adapters_off_it_is_the_base_and_reading_so_changes_nothing(lora):
     """The reference KL of a trained LoRA policy is that to a base loaded by itself."""
     policy, optimizer = lora
-    reference = frozen_copy(policy, CHAIN, CPU)
+    reference = frozen_copy(policy, CPU)
     assert isinstance(reference, Adapters)
     prompts, responses = rollouts()
     train(policy, optimizer, prompts, responses, steps=3)
@@ -116,7 +116,7 @@ def test_reading_a_teacher_leaves_the_students_gradient_as_it_is(lora):
     """As in hsd.py: the teacher's hidden states and head are made first, the student's forward uses them."""
     policy, optimizer = lora
     prompts, responses = rollouts()
-    teacher = frozen_copy(policy, CHAIN, CPU)
+    teacher = frozen_copy(policy, CPU)
     train(policy, optimizer, prompts, responses, steps=2)
     first_four = torch.arange(len(prompts)) < 4
     micro, = micro_batches(prompts, responses, first_four, 10**6, CPU)
@@ -151,7 +151,7 @@ def test_the_sampler_gets_merged_weights(one_process):
 def test_a_moving_teacher_is_adapters_that_follow_the_policys(rate, lora):
     """An EMA of A and of B, by hand in float64; its merged weights are what it reads with."""
     policy, optimizer = lora
-    teacher = frozen_copy(policy, CHAIN, CPU)
+    teacher = frozen_copy(policy, CPU)
     values = lambda model: [p.full_tensor().double() for p in trained_parameters(model)]
     by_hand = values(policy)
 
@@ -183,7 +183,7 @@ def gradient(prompts: list, responses: list, out: str) -> None:
         dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     policy = load_policy(CHAIN, CPU, Setup(lora_rank=4, checkpointing=True))
-    reference = frozen_copy(policy, CHAIN, CPU)
+    reference = frozen_copy(policy, CPU)
     torch.manual_seed(1)
     for p in trained_parameters(policy):  # B is not 0, so that A has a gradient
         noise = 0.05 * torch.randn(p.shape)

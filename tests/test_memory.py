@@ -16,7 +16,7 @@ import memory
 @pytest.mark.parametrize("rank", [0, 4])
 def test_bytes_of_weights_gradients_moments_and_a_teacher_are_what_the_arithmetic_says(rank, one_process):
     policy = load_policy(CHAIN, torch.device("cpu"), Setup(lora_rank=rank))
-    teacher = frozen_copy(policy, CHAIN, torch.device("cpu"))
+    teacher = frozen_copy(policy, torch.device("cpu"))
     optimizer = make_optimizer(policy, SimpleNamespace(lr=1e-3, weight_decay=0.0))
     for p in policy.parameters():
         p.grad = torch.ones_like(p) if p.requires_grad else None

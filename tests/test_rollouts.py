@@ -178,7 +178,7 @@ def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):
     has_context[1:3, :2] = True
     prompts = list(batch.prompts)
     prompts[3] = [5] * rollouts.context_length  # of question 1: no room for a response
-    teacher = frozen_copy(policy, CHAIN, CPU)
+    teacher = frozen_copy(policy, CPU)
     with torch.no_grad():
         for p in policy.parameters():
             p.to_local().add_(0.05 * torch.randn_like(p.to_local()))

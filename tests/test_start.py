@@ -18,9 +18,9 @@ from conftest import CHAIN
 from test_house import ALGORITHMS
 
 from common import check_hub, checkpoints, rollouts, run, tasks
+from common.architecture import check_path
 from common.chat import chat_ids, load_tokenizer
 from common.log import make_tracker
-from common.policy import check_path
 from common.rollouts import Rollouts
 from common.run import rendezvous, unwritable
 from common.settings import FIXED, FREE, Setup, check_settings, flat, parse
@@ -231,7 +231,7 @@ def the_hub(monkeypatch, answer) -> None:
     (RuntimeError("Name or service not known\nmore"), "the hub cannot be reached (Name or service not known)")])
 def test_a_hub_id_that_is_not_there_costs_one_request(answer, words, monkeypatch):
     the_hub(monkeypatch, answer)
-    monkeypatch.setattr("common.policy.AutoConfig.from_pretrained", lambda path: pytest.fail("it tries six times"))
+    monkeypatch.setattr("common.architecture.AutoConfig.from_pretrained", lambda path: pytest.fail("it tries six times"))
     assert words in refusal(check_path, "Qwen/Qwen3-0.6C")
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("it tries six times"))
     assert words in refusal(tasks.load_problems, "hf:nobody/nothing")

@@ -70,9 +70,7 @@ def surprise(tokens, _) -> torch.Tensor:
 
 def load(case: dict, trained: bool, device: torch.device) -> policy.Policy:
     with torch.device("meta"):
-        lm = shapes.lm_of(case["model"], case.get("layers", 0))
-    lm.eval().to_empty(device=device)
-    lm.tie_weights()
+        lm = shapes.lm_of(case["model"], case.get("layers", 0)).eval()
     model = policy.Policy(lm)
     if trained and case.get("checkpointing", True):
         enable_checkpointing(lm)
@@ -81,8 +79,9 @@ def load(case: dict, trained: bool, device: torch.device) -> policy.Policy:
         for p in lm.parameters():
             if not p.requires_grad:
                 p.data = p.data.bfloat16()
-    model = policy.shard(model, device)
-    return model.requires_grad_(trained) if not trained else model
+    mesh = policy.make_mesh(device, "all")
+    policy.shard(model, device, mesh, lambda name, x, where: torch.empty(x.shape, dtype=x.dtype, device=where))
+    return model if trained else model.requires_grad_(False)
 
 
 def main(case: dict) -> dict:

@@ -82,6 +82,9 @@ class Pretend(TorchDispatchMode):
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             self.wait()
             return args[0].zero_()
+        if func is aten.copy_.default and not isinstance(args[1], FakeTensor):
+            assert torch.broadcast_shapes(args[0].shape, args[1].shape) == args[0].shape
+            return args[0]  # an upload
         if func is aten.nonzero.default:
             self.wait()
             return self.indices(args[0].numel(), args[0].ndim)
@@ -142,11 +145,21 @@ class Idle:
 
 
 def become(tensor: Tensor, other: Tensor) -> None:
-    """`tensor.data = other`, which a pretended GPU needs instead: a real tensor with pretended data is not a FakeTensor."""
-    if isinstance(tensor, nn.Parameter):  # not nn.Parameter(other): FakeTensorMode would keep a weak reference to it
-        other.requires_grad_(tensor.requires_grad)
-        other._is_param = True
+    """In place of `tensor.data = other`: a real tensor with pretended data would not be a FakeTensor."""
+    if isinstance(tensor, nn.Parameter):
+        other = nn.Parameter(other, tensor.requires_grad)
     torch.utils.swap_tensors(tensor, other)
+
+
+def swapping(swap):
+    """torch.utils.swap_tensors, which refuses tensors that FakeTensorMode has weak references to: let go of those first."""
+    def swapped(a: Tensor, b: Tensor) -> None:
+        for x in (a, b):
+            if isinstance(x, FakeTensor):
+                x.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+        swap(a, b)
+
+    return swapped
 
 
 @torch.no_grad()
@@ -197,6 +210,7 @@ def install(gib: float = 80.0) -> None:
     FakeTensorMode.avoid_device_init = property(lambda mode: True)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is made on the CPU first
     nn.Module._apply = apply
+    torch.utils.swap_tensors = swapping(torch.utils.swap_tensors)
     sharding._move_states_to_device = move
 
 
