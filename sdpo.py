@@ -48,7 +48,7 @@ from common.rollouts import Batch, Group, Rollouts, check_fits
 from common.run import Run
 from common.settings import Flat, Setup, parse
 from common.tasks import Problem
-from common.verifiers import after_thoughts
+from common.verifiers.thoughts import after_thoughts
 from kernels.divergence import Pair
 from kernels.head import Divergence, TokenStats
 

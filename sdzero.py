@@ -142,6 +142,12 @@ CONTROL = {  # P_r
     0: "Wait, this response is not correct, let me start over.",
     1: "Let me rephrase the above solution.",
 }
+RESTARTS = (  # what begins another attempt in a response; the verifier judges the last attempt
+    *CONTROL.values(),
+    "Wait, this is wrong. Let me start over.",
+    "Wait, this response is wrong. Let me correct it.",
+    "Wrong. I need to redo all.",
+)
 
 
 def control_ids(tokenizer, r: int) -> list[int]:
@@ -394,7 +400,7 @@ def token_share(lengths: list[int], mean: str) -> float:
 def main(args: Args) -> None:
     run = Run(args, f"sdzero-{args.baseline or args.phase}", fixed=STAGES)
     check(args, run.world)
-    rollouts = Rollouts(args, run)
+    rollouts = Rollouts(args, run, RESTARTS)
     srt_problems, sd_problems = split_questions(rollouts.task.train, args)
     check_lengths(srt_problems, sd_problems, rollouts, args)
     if args.setup.dry_run:

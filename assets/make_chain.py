@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common.tasks import chain_problem, load_task  # noqa: E402
+from common.tasks import load_task  # noqa: E402
+from common.tasks.chain import chain_problem  # noqa: E402
 
 # The contexts, worded as the algorithm files word them (tests/test_chain_model.py compares).
 ANSWER = "The final answer is {answer}."

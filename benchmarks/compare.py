@@ -39,7 +39,8 @@ import tyro
 from common.chat import chat_ids, load_tokenizer
 from common.sampler import HFSampler
 from common.tasks import load_task
-from common.verifiers import Verifier
+from common.verifiers.pool import Verifier
+from sdzero import RESTARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN = ["--demo", "--steps", "40", "--eval_every", "8"]  # 40 × 16 × 8 = 5,120 rollouts
@@ -229,7 +230,7 @@ def pass_at(folder: Path, n: int) -> dict[str, float]:
     path = str(sorted((folder / "checkpoints").glob("step_*"))[-1])
     tokenizer = load_tokenizer(path)
     problems = load_task(args["task"], heldout=args["heldout"], data_dir=args["data_dir"], instruction=args["instruction"]).heldout
-    sampler, verifier = HFSampler(path, tokenizer, torch.device("cpu")), Verifier()
+    sampler, verifier = HFSampler(path, tokenizer, torch.device("cpu")), Verifier(restarts=RESTARTS)
     groups = sampler.sample([chat_ids(tokenizer, p.messages) for p in problems], n, seed=(999,), keys=range(len(problems)),
                             max_tokens=args["max_tokens"], temperature=args["temperature"])
     verdicts = verifier([p for p in problems for _ in range(n)], [o.text for g in groups for o in g])

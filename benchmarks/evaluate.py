@@ -38,7 +38,10 @@ from tqdm import tqdm
 from common.chat import chat_ids, load_tokenizer
 from common.sampler import HFSampler
 from common.tasks import in_hash_order, load_problems
-from common.verifiers import Verifier, final_part, last_block, last_boxed
+from common.verifiers.answers import last_block, last_boxed
+from common.verifiers.pool import Verifier
+from common.verifiers.thoughts import final_part
+from sdzero import RESTARTS
 
 
 @dataclass
@@ -55,6 +58,8 @@ class Args:
     """of a named set"""
     fields: str = ""
     """names of the data's fields where they differ, e.g. question=prompt,answer=gold"""
+    kind: Literal["", "math", "choice", "tool", "code"] = ""
+    """of jsonl and hf records; empty: what they state, or else what their fields show"""
     instruction: str | None = None
     """text added to every maths question; the default asks for \\boxed{}"""
     questions: int = 0
@@ -103,10 +108,10 @@ PROTOCOLS = {  # what each paper says of its evaluation; its silence leaves the 
 def main(args: Args) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
-    problems = load_problems(args.task, args.split, heldout=args.questions, fields=args.fields,
+    problems = load_problems(args.task, args.split, heldout=args.questions, fields=args.fields, kind=args.kind,
                              instruction=args.instruction, data_dir=args.data_dir)
     problems = in_hash_order(problems)[: args.questions or None]  # the first are those that load_task holds out
-    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec)
+    verifier = Verifier(args.workers, allow_unsafe_exec=args.allow_unsafe_exec, restarts=RESTARTS)
     verifier.check(problems)
     parts = [Path(args.model).name, args.task.replace("/", "-").replace(":", "-"), args.protocol]
     folder = Path(args.out) / (args.name or "-".join(filter(None, parts)))
@@ -129,7 +134,7 @@ def main(args: Args) -> dict:
                     own = verdicts[n * args.samples : (n + 1) * args.samples]
                     samples = [dict(reward=v.reward, feedback=v.feedback, tokens=len(r.response_ids),
                                     truncated=r.truncated, text=r.text) for r, v in zip(group, own)]
-                    row = dict(id=problems[i].id, verifier=problems[i].verifier, seconds=seconds, samples=samples)
+                    row = dict(id=problems[i].id, verifier=problems[i].kind, seconds=seconds, samples=samples)
                     f.write(json.dumps(row) + "\n")
                     done[row["id"]] = row
     verifier.close()
@@ -158,7 +163,7 @@ def engine(args: Args, tokenizer) -> object:
 def resume(folder: Path, args: Args) -> dict[str, dict]:
     """The questions that an earlier run of the same settings has answered. Raises SystemExit for other settings."""
     fixed = {k: v for k, v in asdict(args).items() if k in (
-        "model", "task", "split", "fields", "instruction", "samples", "temperature", "top_p", "top_k", "max_tokens",
+        "model", "task", "split", "fields", "kind", "instruction", "samples", "temperature", "top_p", "top_k", "max_tokens",
         "thinking", "seed", "sampler", "questions")}
     folder.mkdir(parents=True, exist_ok=True)
     note, rows = folder / "settings.json", folder / "responses.jsonl"
@@ -178,7 +183,7 @@ def given_answer(verifier: str, text: str) -> str | None:
     >>> given_answer("math", r"So \\boxed{ 1/2 }."), given_answer("choice", "<answer>B</answer>")
     ('1/2', 'B')
     """
-    text = final_part(text)
+    text = final_part(text, RESTARTS)
     if verifier in ("choice", "gym"):
         return last_block(text, "<answer>", "</answer>")
     if verifier not in ("math", "chain"):

@@ -38,7 +38,7 @@ from common.rollouts import Group
 from common.sampler import HFSampler
 from common.settings import Setup
 from common.tasks import load_task
-from common.verifiers import Verifier
+from common.verifiers.pool import Verifier
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {"peer": "peer: the answer and a peer (HSD)", "answer": "answer: the bare answer (OPSD)",

@@ -35,7 +35,7 @@ from common.policy import Policy, full_weights, load_policy  # noqa: E402
 from common.sampler import HFSampler  # noqa: E402
 from common.settings import Setup  # noqa: E402
 from common.tasks import load_task  # noqa: E402
-from common.verifiers import Verifier  # noqa: E402
+from common.verifiers.pool import Verifier  # noqa: E402
 from kernels.head import token_stats  # noqa: E402
 
 KEYWORDS = (  # the 27 phrases of the paper's appendix; P_1 has none of them, P_0 two
@@ -159,7 +159,7 @@ def self_localisation(args: Args, settings: dict) -> dict[int, list[list[float]]
     sampler.load(full_weights(policy))
     task = load_task(
         settings["task"], heldout=settings["heldout"], fields=settings["fields"],
-        instruction=settings["instruction"], data_dir=settings["data_dir"],
+        kind=settings.get("kind", ""), instruction=settings["instruction"], data_dir=settings["data_dir"],
     )
     problems = task.train[-args.responses :]
     prompts = [chat_ids(tokenizer, problem.messages, settings["thinking"]) for problem in problems]
@@ -168,7 +168,7 @@ def self_localisation(args: Args, settings: dict) -> dict[int, list[list[float]]
         max_tokens=settings["max_tokens"], temperature=settings["temperature"],
     )
     rollouts = [group[0] for group in groups]
-    verifier = Verifier()
+    verifier = Verifier(restarts=sdzero.RESTARTS)
     verdicts = verifier(problems, [rollout.text for rollout in rollouts])
     verifier.close()
     ends = SimpleNamespace(ends=sampler.ends, tokenizer=tokenizer)

@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from common.tasks import load_task
-from common.verifiers import judge
+from common.verifiers.pool import judge
 
 
 class Clock(TrainerCallback):

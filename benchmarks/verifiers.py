@@ -26,15 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from common.sandbox import bubblewrap, confined
-from common.tasks import Problem, as_problem, load_problems
-from common.verifiers import Verifier
+from common.tasks import Problem, load_problems
+from common.tasks.kinds import as_problem
+from common.verifiers.pool import Verifier
+from common.verifiers.sandbox import bubblewrap, confined
 
 
 @dataclass
 class Args:
     data_dir: str
-    """folder with the public sets (SETS in common/tasks.py)"""
+    """folder with the public sets (SETS in common/tasks/sets.py)"""
     humaneval: str = ""
     """HumanEval.jsonl.gz, where it is not in data_dir"""
     runs: int = 5000
@@ -123,7 +124,7 @@ def rates(verifier: Verifier, args: Args) -> dict:
     out["mbpp_sanitized"] = code(verifier, load_problems(f"json:{data}/mbpp/sanitized-mbpp.json"))
     if args.humaneval:
         with gzip.open(args.humaneval, "rt") as f:
-            out["humaneval"] = code(verifier, [as_problem(json.loads(line), args.humaneval, "", None) for line in f])
+            out["humaneval"] = code(verifier, [as_problem(json.loads(line), args.humaneval, kind="code") for line in f])
     return out
 
 
@@ -137,7 +138,7 @@ def code(verifier: Verifier, problems: list[Problem]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # the sandbox
 # ---------------------------------------------------------------------------------------------------------------------
-SHORT = Problem("short", [], verifier="code", meta=dict(prelude="", setup="", names=["f"], tests=[
+SHORT = Problem("short", [], kind="code", meta=dict(prelude="", setup="", names=["f"], tests=[
     f"assert f({i}) == {i + 1}" for i in range(3)]))
 PROGRAMS = {"no import": "def f(x): return x + 1",
             "re, math, collections": "import collections, math, re\ndef f(x): return x + 1",

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from common import require
 from common.architecture import check_path
 from common.tasks import Problem
-from common.verifiers import THOUGHTS, open_thought
+from common.verifiers.thoughts import THOUGHTS, open_thought
 
 SYSTEM = {"role": "system", "content": "Be brief."}  # the messages of the small chats
 QUESTION = {"role": "user", "content": "Is 7 prime?"}
@@ -305,7 +305,7 @@ def check_turn(model: str, tokenizer: Tokenizer, thinking: bool) -> None:
     fits = tagged or (begun and not opened)
     require(fits, f"{model} chat template begins a response with {start.strip()!r}, which begins "
             "no answer and has no known tag of thoughts; if it opens a thought, add the tag to "
-            "THOUGHTS in common/verifiers.py")
+            "THOUGHTS in common/verifiers/thoughts.py")
 
     ids = tokenizer.encode(tail, add_special_tokens=False)
     ended = tail.strip() == "" or any(is_control(tokenizer, i) for i in ids)

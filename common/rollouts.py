@@ -20,7 +20,8 @@ from common.chat import as_text, chat_ids, load_tokenizer
 from common.policy import Policy, full_weights, score
 from common.sampler import HFSampler, Rollout, make_sampler
 from common.tasks import Problem, load_task, take
-from common.verifiers import Verdict, Verifier
+from common.verifiers import Verdict
+from common.verifiers.pool import Verifier
 
 # random streams under the run's seed; the method files use higher numbers
 TRAIN, EVALUATE, TEACHER = 0, 1, 2
@@ -99,16 +100,19 @@ class Batch:
 class Rollouts:
     """Problems in, judged responses out. The engine starts with the first `sync`."""
 
-    def __init__(self, args, run):
+    def __init__(self, args, run, restarts: Sequence[str] = ()):
+        """restarts: phrases with which a response begins another attempt (see Verifier)."""
         setup = args.setup
         self.args, self.run, self.sampler = args, run, None
         self.task = load_task(
-            args.task, heldout=setup.heldout, fields=setup.fields, instruction=setup.instruction,
-            data_dir=setup.data_dir, against=setup.against,
+            args.task, heldout=setup.heldout, fields=setup.fields, kind=setup.kind,
+            instruction=setup.instruction, data_dir=setup.data_dir, against=setup.against,
         )
         problems = [*self.task.heldout, *self.task.train]
         self.tokenizer = load_tokenizer(args.model, args.thinking, problems)
-        self.verifier = Verifier(allow_unsafe_exec=setup.allow_unsafe_exec)
+        self.verifier = Verifier(
+            allow_unsafe_exec=setup.allow_unsafe_exec, restarts=restarts
+        )
         self.verifier.check(problems[run.rank :: run.world])  # a bad reference ends the run here
         config = AutoConfig.from_pretrained(args.model)
         self.context_length = context_length(config)  # tokens that the model can read

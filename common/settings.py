@@ -28,6 +28,7 @@ class Setup:
     data_dir: str = ""  # folder of the named data sets; empty: read them from the hub
     against: str = ""  # more evaluation sets, comma-separated: not trained on either
     fields: str = ""  # the data's field names if they differ, e.g. question=prompt,answer=gold
+    kind: Literal["", "math", "choice", "tool", "code"] = ""  # of records; empty: ask them
     instruction: str | None = None  # text added to every maths question; None: asks for \boxed{}
     heldout: int = 256  # problems set aside for evaluation, never trained on
     # machine
@@ -134,8 +135,8 @@ def installed(package: str) -> bool:
 # With another value of one of these a run is another run: another model, other data, or other
 # random numbers. A resume refuses a change. A method names more of them (Run's `fixed`).
 FIXED = (
-    "model", "lora_rank", "lora_alpha", "task", "heldout", "against", "fields", "instruction",
-    "thinking", "seed",
+    "model", "lora_rank", "lora_alpha", "task", "heldout", "against", "fields", "kind",
+    "instruction", "thinking", "seed",
 )
 # The machine, the log and the length of a run: a resume takes a change without a word. It prints a
 # change of any other setting.

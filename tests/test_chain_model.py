@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from common.chat import load_tokenizer
 from common.sampler import HFSampler
 from common.tasks import load_task
-from common.verifiers import judge
+from common.verifiers.pool import judge
 
 sys.path.insert(0, str(ROOT / "assets"))
 import make_chain

@@ -97,7 +97,7 @@ def test_every_logged_metric_is_explained(name, logged):
 def test_every_explained_metric_is_logged(name, logged):
     """By the run here, or by a literal of the source where it takes other flags or luck (a group of every difficulty)."""
     literals = []
-    for path in (ROOT / f"{name}.py", *(ROOT / "common").glob("*.py")):
+    for path in (ROOT / f"{name}.py", *(ROOT / "common").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 literals.append(re.escape(node.value))
@@ -377,7 +377,7 @@ def test_the_sixth_method_keeps_the_rules_of_the_house(sixth):
     assert done.returncode == 0, done.stdout
     names = {f.name for f in dataclasses.fields(module.Args)}
     left = {name for name in names if f"args.{name}" not in path.read_text()}
-    shared = "".join(p.read_text() for p in (ROOT / "common").glob("*.py"))
+    shared = "".join(p.read_text() for p in (ROOT / "common").rglob("*.py"))
     assert {f for f in left if not re.search(rf"args\.{f}\b", shared)} == set(), "settings without effect"
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from test_house import ALGORITHMS
 
-PLACES = [ROOT, ROOT / "common", ROOT / "kernels"]
+PLACES = [ROOT, ROOT / "common", ROOT / "common/tasks", ROOT / "common/verifiers", ROOT / "kernels"]
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts)
            for place in PLACES for path in sorted(place.glob("*.py")) if path.stem != "__init__"]
 

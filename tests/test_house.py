@@ -19,14 +19,10 @@ METHOD_TOKENS, SDZERO_TOKENS = 3000, 4500
 ROOMS = {  # place → its files, and their tokens at most
     "common/": (["run", "settings", "checkpoints", "log", "rollouts", "policy", "microbatches", "sampler"], 16_500),
     "common/, checks of checkpoints": (["chat", "architecture"], 4_500),
+    "common/, the sum of the memory": (["memory"], 2_300),
     "kernels/": (["head", "divergence", "rows_torch", "rows_triton", "reference"], 10_000),
 }
-OPEN = {  # what is still above its limit, and by how much at most: may only shrink
-    "common/sandbox.py": {"mean": 11.26, "p90": 26, "most": 36, "columns": 120, "conditionals": 3},
-    "common/sandbox_child.py": {"most": 37, "columns": 119, "conditionals": 1},
-    "common/tasks.py": {"mean": 13.94, "p90": 26, "most": 37, "columns": 120, "conditionals": 2},
-    "common/verifiers.py": {"p90": 23, "most": 36, "columns": 120, "conditionals": 2},
-}
+OPEN = {}  # what is still above its limit, and by how much at most: may only shrink
 
 
 def problems_of(path: Path) -> list[str]:
@@ -90,7 +86,7 @@ def test_arrows_point_one_way():
 
 
 def test_no_bare_except_and_no_eval():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
         if path.name == "sandbox_child.py":  # its trade
             continue
         for node in ast.walk(ast.parse(path.read_text())):

@@ -18,7 +18,7 @@ from common.policy import full_weights, load_policy, optimizer_step, score, trai
 from common.sampler import HFSampler
 from common.settings import Setup
 from common.tasks import load_task
-from common.verifiers import Verifier
+from common.verifiers.pool import Verifier
 from kernels.head import TokenStats
 
 CPU = torch.device("cpu")

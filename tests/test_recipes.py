@@ -21,6 +21,9 @@ from test_house import ALGORITHMS
 from common import rollouts, run, tasks
 from common import settings as common_settings
 from common.settings import parse
+from common.tasks import chain
+from common.tasks.mixtures import mixture
+from common.tasks.sets import SETS
 
 FILES = "|".join(ALGORITHMS)
 COMMAND = re.compile(rf"^\s*((?:python |torchrun .*?)(?:{FILES})\.py(?:.*\\\n)*.*)$", re.MULTILINE)
@@ -52,11 +55,11 @@ def model(tmp_path_factory) -> str:
 @cache
 def problems(heldout: int, train: int) -> tasks.Task:
     """Problems of the embedded task."""
-    size, tasks.CHAIN_SIZE = tasks.CHAIN_SIZE, train
+    size, chain.SIZE = chain.SIZE, train
     try:
         return tasks.load_task("chain", heldout=heldout)
     finally:
-        tasks.CHAIN_SIZE = size
+        chain.SIZE = size
 
 
 def processes(command: str) -> tuple[int, int]:
@@ -84,9 +87,9 @@ def test_every_printed_command_dry_runs(page, command, model, tmp_path, monkeypa
     name = re.search(rf"({FILES})\.py", command)[1]
     module = importlib.import_module(name)
     args = parse(module.Args, module.presets, shlex.split(command.partition(".py")[2]))
-    for _, part in tasks.mixture(args.task):
+    for _, part in mixture(args.task):
         source = part.partition(":")[0].partition("/")[0]
-        assert source in {"chain", "jsonl", "json", "hf", "gym", *tasks.SETS}, f"no such task: {part}"
+        assert source in {"chain", "jsonl", "json", "hf", "gym", *SETS}, f"no such task: {part}"
     world, local = processes(command)
     train = 64
     if name == "sdzero":  # its phases must not share a question

@@ -27,7 +27,8 @@ from common import checkpoints, rollouts
 from common.log import reduce_over_ranks
 from common.run import Run
 from common.settings import Setup, parse
-from common.verifiers import Verdict, Verifier
+from common.verifiers import Verdict
+from common.verifiers.pool import Verifier
 
 SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "8", "--max_tokens", "48",
          "--eval_every", "2", "--eval_samples", "1"]

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import sandbox
-from common.sandbox_child import CALL, DONE, ERROR, VALUE, decode, encode
-from common.tasks import SCRIPT_SETUP, Problem
-from common.verifiers import Verifier
+from common.tasks import Problem
+from common.tasks.code import SCRIPT_SETUP
+from common.verifiers import sandbox
+from common.verifiers.pool import Verifier
+from common.verifiers.sandbox_child import CALL, DONE, ERROR, VALUE, decode, encode
 
 LIMIT = 1.0
 
@@ -49,7 +50,7 @@ def contained():
 
 
 def problem(*tests: str, names=("f",), setup: str = "", **meta) -> Problem:
-    return Problem("test-problem", [], verifier="code",
+    return Problem("test-problem", [], kind="code",
                    meta=dict(prelude="", setup=setup, names=list(names), tests=list(tests), **meta))
 
 
@@ -541,7 +542,7 @@ def test_whatever_a_program_sends_becomes_built_in_data_or_an_error(sent):
         received = decode(sent)
     except Exception:
         return
-    assert type(received).__module__ in ("builtins", "common.sandbox_child")
+    assert type(received).__module__ in ("builtins", "common.verifiers.sandbox_child")
 
 
 def test_results_of_other_types_keep_their_truth_and_their_items():

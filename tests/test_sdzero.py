@@ -17,7 +17,8 @@ from common.chat import load_tokenizer
 from common.sampler import Rollout
 from common.settings import parse
 from common.tasks import Problem, load_task
-from common.verifiers import REVISIONS, Verifier, final_part
+from common.verifiers.pool import Verifier
+from common.verifiers.thoughts import final_part
 
 V, D = 9, 4
 f64 = dict(dtype=torch.float64)
@@ -94,15 +95,28 @@ def test_the_end_token_of_the_first_copy_is_stripped_and_of_the_second_kept():
     assert stopped.response_ids[-1] == end  # what the teacher is made to say again is left as it is
 
 
-def test_the_verifier_knows_every_control_phrase():
-    assert set(sdzero.CONTROL.values()) <= set(REVISIONS)
+class Stop(Exception):
+    pass
+
+
+def test_a_run_judges_what_follows_its_control_phrases(tmp_path, monkeypatch):
+    def verifier(restarts, **settings):
+        raise Stop(restarts)
+
+    monkeypatch.setattr("common.rollouts.Verifier", verifier)
+    with pytest.raises(Stop) as stop:
+        run(tmp_path, "--name", "judged")
+    torch.distributed.destroy_process_group()
+    restarts, = stop.value.args
+    assert set(sdzero.CONTROL.values()) <= set(restarts)
 
 
 def test_the_answer_is_taken_after_the_last_control_phrase():
     wrong, right = "I think \\boxed{4}.", "It is \\boxed{5}."
     text = f"{wrong}\n\n{sdzero.CONTROL[0]}\n\n{right}\n\n{sdzero.CONTROL[1]}\n\nSo 5 it is."
-    assert final_part(text).strip() == "So 5 it is." and final_part(wrong) == wrong
-    verifier, problem = Verifier(1), Problem("p", [], answer="5")
+    assert final_part(text, sdzero.RESTARTS).strip() == "So 5 it is."
+    assert final_part(wrong, sdzero.RESTARTS) == wrong
+    verifier, problem = Verifier(1, restarts=sdzero.RESTARTS), Problem("p", [], answer="5")
     responses = [f"{right}\n\n{sdzero.CONTROL[0]}\n\nIt is six.", f"{wrong}\n\n{sdzero.CONTROL[0]}\n\nThe answer is 5", wrong]
     rewards = [v.reward for v in verifier([problem] * 3, responses)]
     verifier.close()

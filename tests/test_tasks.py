@@ -6,21 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.tasks import (
-    CHAIN_SIZE,
-    CODE_INSTRUCTION,
-    INSTRUCTION,
-    SETS,
-    Problem,
-    as_problem,
-    blend,
-    chain_problems,
-    load_problems,
-    load_task,
-    mixture,
-    overlap,
-    take,
-)
+from common.tasks import Problem, chain, code, load_problems, load_task, take
+from common.tasks.chain import chain_problems
+from common.tasks.kinds import as_problem
+from common.tasks.maths import INSTRUCTION
+from common.tasks.mixtures import blend, mixture, overlap
+from common.tasks.sets import SETS
 
 
 def write(path, records, as_list=False) -> str:
@@ -64,7 +55,7 @@ def test_the_chain_task_is_as_it_ever_was():
     assert questions(chain_problems(3)) == ["Compute 11+39+12.", "Compute 78+64+97+24+51.", "Compute 41+16+68."]
     assert questions(task.heldout) == ["Compute 12+53+88.", "Compute 67+42+11+22.", "Compute 68+17+28+45+78.",
                                        "Compute 62+93+21+11."]
-    assert len(task.train) == CHAIN_SIZE and task.notes == ()
+    assert len(task.train) == chain.SIZE and task.notes == ()
 
 
 def test_too_few_problems_is_one_clear_line(tmp_path):
@@ -129,15 +120,15 @@ def test_overlap_with_evaluation_sets_is_told_and_exact_copies_are_removed(tmp_p
     write(tmp_path / "math" / "math500.json", [{"problem": LONG + ". How many trees?", "answer": "63"},
                                                {"problem": "prove it by heart.", "answer": "1"}], as_list=True)
     task = load_task(spec, heldout=0, data_dir=str(tmp_path), against="math500")
-    assert task.notes == ("1 of 21 training questions share 13 words in a row with math500",
-                          "1 training questions were removed, for they stand in an evaluation set")
+    assert task.notes[1:] == ("1 of 21 training questions share 13 words in a row with math500",
+                              "1 training questions were removed, for they are in an evaluation set")
     assert len(task.train) == 21
-    assert load_task(spec, heldout=0).notes == ()
+    assert load_task(spec, heldout=0, kind="math").notes == ()
 
 
 def test_the_instruction_that_all_questions_share_is_no_overlap(tmp_path):
     spec = write(tmp_path / "a.jsonl", sums(30))
-    assert len(INSTRUCTION.split()) > 11 and load_task(spec, heldout=5).notes == ()
+    assert len(INSTRUCTION.split()) > 11 and load_task(spec, heldout=5, kind="math").notes == ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +136,7 @@ def test_the_instruction_that_all_questions_share_is_no_overlap(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 def test_fields_are_found_by_their_usual_names_or_by_flag(tmp_path):
     p = as_problem({"problem": "1?", "answer": 27.0, "solution": "so"}, "here", "", None)
-    assert (p.answer, p.solution, p.verifier) == ("27.0", "so", "math")
+    assert (p.answer, p.solution, p.kind) == ("27.0", "so", "math")
     assert p.messages == [{"role": "user", "content": f"1?\n\n{INSTRUCTION}"}]
     p = as_problem({"q": "1?", "gold": "2", "prompt": "no", "system": "S"}, "here", "question=q,answer=gold", "Answer.")
     assert p.messages == [{"role": "system", "content": "S"}, {"role": "user", "content": "1?\n\nAnswer."}]
@@ -191,6 +182,32 @@ def test_the_hub_out_of_reach_is_one_clear_line(monkeypatch):
         load_problems("hf:nobody/nothing@test")
 
 
+@pytest.mark.parametrize("fields, kind", [
+    ({}, "math"), ({"kind": "algebra"}, "math"), ({"kind": ["mcq"]}, "math"), ({"kind": "math", "answerKey": "A"}, "math"),
+    ({"kind": "choice"}, "choice"), ({"kind": "mcq"}, "choice"), ({"answerKey": "A"}, "choice"),
+    ({"kind": "tool"}, "tool"), ({"kind": "tooluse"}, "tool"), ({"golden_answer": "[]"}, "tool"),
+    ({"kind": "tool", "answerKey": "A"}, "tool")])
+def test_a_record_states_its_kind_or_is_recognised_and_a_flag_overrides_both(fields, kind):
+    record = {"question": "?", "answer": "A", **fields}
+    assert as_problem(record, "here").kind == kind
+    for stated in ("math", "choice", "tool"):
+        assert as_problem(record, "here", kind=stated).kind == stated
+
+
+def test_code_without_tests_is_refused_in_words():
+    with pytest.raises(SystemExit, match=r"here: its tests cannot be read .ValueError: no field test_list, entry_point"):
+        as_problem({"question": "?", "answer": "A"}, "here", kind="code")
+
+
+def test_what_was_recognised_is_told_and_what_the_flag_states_is_not(tmp_path):
+    spec = write(tmp_path / "a.jsonl", [*sums(3), {"question": "A: yes or B: no?", "answer": "A", "kind": "mcq"}])
+    assert load_task(spec, heldout=1).notes in (
+        (f"{spec}: read as 3 math, 1 choice; --kind states another kind",),
+        (f"{spec}: read as 1 choice, 3 math; --kind states another kind",))
+    stated = load_task(spec, heldout=1, kind="choice")
+    assert stated.notes == () and {p.kind for p in stated.train} == {"choice"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # named sets, from a folder
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,8 +249,8 @@ def test_every_named_set_reads_from_a_folder(folder, spec, train, test, verifier
     assert spec.partition("/")[0] in SETS
     for split, count in (("train", train), ("test", test)):
         problems = load_problems(spec, split, data_dir=folder)
-        assert len(problems) == count and {p.verifier for p in problems} == {verifier}
-        assert all(CODE_INSTRUCTION in q for q in questions(problems)) == (verifier == "code")
+        assert len(problems) == count and {p.kind for p in problems} == {verifier}
+        assert all(code.INSTRUCTION in q for q in questions(problems)) == (verifier == "code")
 
 
 def test_a_set_with_a_test_split_holds_out_of_it_and_one_without_divides_itself(folder):
@@ -274,13 +291,13 @@ def test_records_of_the_hub_are_read_too(monkeypatch):
     assert len(train) + len(test) == 100 and 3 <= len(test) <= 20 and not set(questions(train)) & set(questions(test))
     assert questions(train)[0].startswith("Q0\n\nA: yes\nB: no\n") and train[0].answer == "A"
     [tool] = load_problems("toolalpaca", "test")
-    assert tool.verifier == "tool" and json.loads(tool.answer) == tools[0]["golden_answer"]
+    assert tool.kind == "tool" and json.loads(tool.answer) == tools[0]["golden_answer"]
     assert asked == [("hicai-zju/SciKnowEval", "v2", "test")] * 2 + [("Ahren09/ToolAlpaca", None, "test")]
 
 
 def test_any_generated_dataset_has_its_own_instruction():
     p = load_task("gym:leg_counting", heldout=2).heldout[0]
-    assert p.verifier == "gym" and p.messages[0]["content"].endswith("between <answer> and </answer>.")
+    assert p.kind == "gym" and p.messages[0]["content"].endswith("between <answer> and </answer>.")
     with pytest.raises(SystemExit, match="error: --task gym:nothing: "):
         load_task("gym:nothing", heldout=1)
 

@@ -27,7 +27,9 @@ from common.chat import as_text, chat_ids, end_tokens, load_tokenizer, response_
 from common.sampler import HFSampler, VLLMSampler
 from common.settings import parse
 from common.tasks import Problem
-from common.verifiers import THOUGHTS, Verdict, Verifier, after_thoughts, final_part
+from common.verifiers import Verdict
+from common.verifiers.pool import Verifier
+from common.verifiers.thoughts import THOUGHTS, after_thoughts, final_part
 
 MESSAGES = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
             "{% endfor %}")

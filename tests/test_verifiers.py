@@ -16,24 +16,22 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_sandbox import bubblewrap_works
 
-from common.tasks import Problem, as_problem, chain_problem, gym_problems, load_problems
-from common.verifiers import (
-    EVALUATED,
-    REVISIONS,
-    Verdict,
-    Verifier,
-    final_part,
-    last_boxed,
-    last_program,
-)
+from common.tasks import Problem, gym, load_problems
+from common.tasks.chain import chain_problem
+from common.tasks.kinds import as_problem
+from common.verifiers import Verdict
+from common.verifiers.answers import last_boxed, last_program
+from common.verifiers.pool import Verifier
+from common.verifiers.thoughts import final_part
 
 DATA = os.environ.get("SDVR_DATA", "")
+RESTARTS = ("Once more:", "Wait, this is wrong. Let me start over.", "Wait,")  # one begins another
 needs_data = pytest.mark.skipif(not DATA, reason="SDVR_DATA does not name a folder with the public sets")
 
 
 @pytest.fixture(scope="module")
 def verifier():
-    v = Verifier(workers=2, limit=5, allow_unsafe_exec=not bubblewrap_works())
+    v = Verifier(workers=2, limit=5, allow_unsafe_exec=not bubblewrap_works(), restarts=RESTARTS)
     yield v
     v.close()
 
@@ -55,8 +53,8 @@ def test_only_what_follows_the_thinking_counts(verifier):
                    r"<think>\boxed{5}</think> I do not know.", r"<think>so it is \boxed{5}") == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("phrase", REVISIONS)
-def test_a_revised_response_is_judged_by_its_last_attempt(verifier, phrase):
+@pytest.mark.parametrize("phrase", RESTARTS)
+def test_a_restarted_response_is_judged_by_its_last_attempt(verifier, phrase):
     five = record(question="2 + 3?", answer="5")
     first, second = r"I think \boxed{6}.", r"It is \boxed{5}."
     assert rewards(verifier, five, f"{first}\n\n{phrase}\n\n{second}", f"{second}\n\n{phrase}\n\n{first}",
@@ -196,7 +194,7 @@ CHOICE = dict(kind="mcq", prompt="Which is a metal?\n\nA: sulphur\nB: iron\nC: n
 
 def test_multiple_choice_takes_the_letter_of_the_last_answer_block_alone(verifier):
     problem = record(**CHOICE)
-    assert problem.messages[0] == {"role": "system", "content": "Pick one."} and problem.verifier == "choice"
+    assert problem.messages[0] == {"role": "system", "content": "Pick one."} and problem.kind == "choice"
     right = ["<reasoning>iron</reasoning>\n<answer>\nB\n</answer>", "<answer>A</answer> no, <answer>B</answer>"]
     wrong = ["<answer>A</answer>", "<answer>b</answer>", "<answer>B: iron</answer>", "<answer>(B)</answer>", "B",
              "<answer>B</answer><answer>C</answer>", "<answer>B", "<answer></answer>", "<answer>A B</answer>", ""]
@@ -230,9 +228,9 @@ def test_tool_calls_match_name_by_name_with_their_own_inputs(verifier):
 
 
 def test_a_generated_task_is_scored_by_its_own_scorer(verifier):
-    problems = gym_problems("basic_arithmetic", 4)
+    problems = gym.problems("basic_arithmetic", 4)
     assert rewards(verifier, problems[0], f"<answer>{problems[0].answer}</answer>", problems[0].answer) == [1, 0]
-    broken = Problem("broken", [], verifier="gym", meta={"gym": "basic_arithmetic", "entry": None})
+    broken = Problem("broken", [], kind="gym", meta={"gym": "basic_arithmetic", "entry": None})
     assert verifier([broken], ["<answer>1</answer>"])[0].feedback.startswith("The check failed (")
     partial = [v.reward for p in problems for v in verifier([p], ["<answer>no number</answer>"])]
     assert all(0 <= r < 1 for r in partial)
@@ -244,8 +242,8 @@ def test_scorers_that_run_answers_as_python_need_consent():
 
     run = re.compile(r"\b(?:eval|exec|parse_expr)\((?!entry)[^)]*\banswer")
     found = {name for name, (kind, _) in DATASETS.items() if run.search(inspect.getsource(inspect.getmodule(kind.score_answer)))}
-    assert found == EVALUATED
-    problem = Problem("p", [], verifier="gym", meta={"gym": "countdown", "entry": {}})
+    assert found == gym.EVALUATED
+    problem = Problem("p", [], kind="gym", meta={"gym": "countdown", "entry": {}})
     careful, trusting = Verifier(1), Verifier(1, allow_unsafe_exec=True)
     with pytest.raises(SystemExit, match=r"scorer of countdown runs answers as Python.*--allow_unsafe_exec"):
         careful.check([problem])
@@ -300,7 +298,7 @@ CODE = {  # record, right programs, wrong programs
 def test_code_passes_all_tests_or_fails(verifier, form):
     fields, right, wrong = CODE[form]
     problem = record(**fields)
-    assert problem.verifier == "code" and problem.answer is None
+    assert problem.kind == "code" and problem.answer is None
     assert rewards(verifier, problem, *(f"```python\n{p}\n```" for p in right)) == [1] * len(right)
     assert rewards(verifier, problem, *(f"```python\n{p}\n```" for p in wrong)) == [0] * len(wrong)
     if problem.solution:
@@ -362,7 +360,7 @@ NASTY = [
     "```python\n" + "-" * 10**5 + "1\n```", "```python\nx = " + "9" * MEGA + "\n```",
 ]
 KINDS = {"chain": chain_problem((10, 20, 30)), "math": record(question="?", answer="5"), "choice": record(**CHOICE),
-         "tool": record(**TOOLS), "gym": gym_problems("basic_arithmetic", 1)[0], "code": record(**MBPP),
+         "tool": record(**TOOLS), "gym": gym.problems("basic_arithmetic", 1)[0], "code": record(**MBPP),
          "script": record(**STDIN)}
 
 
@@ -385,7 +383,7 @@ pieces = st.sampled_from([
     "\\infty", "#### ", "<answer>", "</answer>", "<think>", "</think>", "Action: ", "\nAction Input: ", '{"a": 1}',
     "```python\n", "\n```\n", "def hyp(a, b):\n    return 5.0\n", "print(3)\n",
     "10+20=30; ", "%", "\\cup", "(1,2)", "[",
-    "\u202e", "\0", REVISIONS[0], "!", "e", "i"])
+    "\u202e", "\0", RESTARTS[0], "!", "e", "i"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -399,7 +397,7 @@ def test_any_text_gets_a_verdict(verifier, kind, text):
 
 @given(st.text(), st.text())
 def test_what_counts_is_a_tail_of_the_response(a, b):
-    assert (a + b).endswith(final_part(a + b))
+    assert (a + b).endswith(final_part(a + b, RESTARTS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,7 +457,7 @@ def test_gsm8k_and_aime_golds(verifier):
 def test_sciknoweval_and_toolalpaca_golds(verifier):
     problems = [p for s in ("biology", "chemistry", "material", "physics")
                 for p in load_problems(f"sciknoweval/{s}", data_dir=DATA)]
-    assert len(problems) == 434 and {p.verifier for p in problems} == {"choice"}
+    assert len(problems) == 434 and {p.kind for p in problems} == {"choice"}
     assert all(rewards_of(verifier, problems, [f"<answer>\n{p.answer}\n</answer>" for p in problems]))
     others = [next(c for c in "ABCD" if c != p.answer) for p in problems]
     assert not any(rewards_of(verifier, problems, [f"<answer>{c}</answer>" for c in others]))

@@ -36,8 +36,10 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from common import checkpoints, microbatches, policy, run, sampler, verifiers  # noqa: E402
+from common import checkpoints, microbatches, policy, run, sampler  # noqa: E402
 from common.settings import parse  # noqa: E402
+from common.verifiers import Verdict  # noqa: E402
+from common.verifiers.pool import Verifier  # noqa: E402
 from kernels import head, rows_triton  # noqa: E402
 
 CHAIN = str(pretend.ROOT / "assets" / "chain")
@@ -134,9 +136,9 @@ def responses(decode):
     return made_up
 
 
-def verdicts(self, problems, texts) -> list[verifiers.Verdict]:
+def verdicts(self, problems, texts) -> list[Verdict]:
     """Every other response is right: each group has a signal."""
-    return [verifiers.Verdict(float(i % 2), "said") for i, _ in enumerate(texts)]
+    return [Verdict(float(i % 2), "said") for i, _ in enumerate(texts)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def walk(line: str, world: int, out: str) -> dict:
         patch(run, "rendezvous", lambda: (None, 0, world))
         patch(dist, "init_process_group", pretend.group_of(world))
         patch(sampler.HFSampler, "decode", responses(sampler.HFSampler.decode))
-        patch(verifiers.Verifier, "__call__", verdicts)
+        patch(Verifier, "__call__", verdicts)
         patch(head.Inputs, "of", checked_inputs(head.Inputs.of))
         patch(policy.Policy, "forward", checked_forward(policy.Policy.forward))
         for kernel in Launches.MOST_BLOCK:

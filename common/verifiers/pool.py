@@ -1,0 +1,138 @@
+"""`Verifier` judges many responses at once, each with the judge of its problem's kind.
+
+A judge that can hang or crash (sympy on a model's LaTeX, a generated task's scorer) runs in worker
+processes, which are killed at a wall-clock limit and replaced. A timeout is a verdict of its own,
+never a silent "wrong". A model's programs run in sandbox.py.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from common.tasks import Problem, chain, choice, code, gym, maths, tool
+from common.verifiers import BadProblem, Verdict
+from common.verifiers.sandbox import Child, Ended, bubblewrap, confined
+from common.verifiers.thoughts import final_part
+
+ROOT = Path(__file__).resolve().parents[2]
+JUDGES = {  # code is missing: its judge needs a sandbox
+    "chain": chain.judge, "math": maths.judge, "choice": choice.judge, "tool": tool.judge,
+    "gym": gym.judge,
+}
+LIBRARIES = {"math": "math_verify", "gym": "reasoning_gym"}  # kinds that need a worker
+IN_PROCESS = ("chain", "choice", "tool")  # cannot hang: one pass over the text, small integers
+
+
+def judge(problem: Problem, text: str) -> Verdict:
+    """The verdict on a response, here and without a limit. Not for code."""
+    return JUDGES[problem.kind](problem, final_part(text))
+
+
+class Verifier:
+    """verifier(problems, texts) → verdicts, in order. A process starts when a problem needs one.
+
+    workers: verdicts at a time. limit: wall-clock seconds for one verdict, or for one call of a
+    program's function. allow_unsafe_exec: run programs without bubblewrap. reveal: feedback ends in
+    the right answer or the failed test. restarts: phrases with which a response begins another
+    attempt; the last attempt is judged. Raises SystemExit if a reference answer or a test cannot be
+    used, or if code cannot be run safely.
+    """
+
+    def __init__(self, workers: int = 4, limit: float = 10.0, *, allow_unsafe_exec: bool = False,
+                 reveal: bool = False, restarts: Sequence[str] = ()):
+        self.limit, self.unsafe, self.reveal = limit, allow_unsafe_exec, reveal
+        self.restarts = tuple(restarts)
+        self.spare: dict[str, list[Child]] = {"math": [], "gym": [], "code": []}
+        self.pool = ThreadPoolExecutor(workers)
+
+    def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
+        return list(self.pool.map(self.one, problems, texts))
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Raise SystemExit now if it would be raised later: there is no sandbox for code, or a
+        reference cannot be read."""
+        of_kind: dict[str, list[Problem]] = {kind: [] for kind in (*JUDGES, "code")}
+        for problem in problems:
+            of_kind[problem.kind].append(problem)
+        if of_kind["code"] and not self.unsafe:
+            bubblewrap()
+        risky = gym.EVALUATED.intersection(problem.meta["gym"] for problem in of_kind["gym"])
+        if risky and not self.unsafe:
+            raise SystemExit(f"error: reasoning-gym's scorer of {min(risky)} runs answers as "
+                             "Python, with your rights; --allow_unsafe_exec if you accept that")
+        self(of_kind["tool"], [""] * len(of_kind["tool"]))
+        self.check_golds(of_kind["math"])
+
+    def check_golds(self, problems: Sequence[Problem]) -> None:
+        """Raise SystemExit if a mathematical reference is not judged right itself."""
+        verdicts = self(problems, [f"\\boxed{{{problem.answer}}}" for problem in problems])
+        bad = [problem for problem, v in zip(problems, verdicts) if v.reward < 1]
+        if bad:
+            raise SystemExit(f"error: {len(bad)} of {len(problems)} reference answers do not pass "
+                             f"their own check, the first in problem {bad[0].id}: "
+                             f"{bad[0].answer!r}; mend or remove these records")
+
+    def one(self, problem: Problem, text: str) -> Verdict:
+        kind, child = problem.kind, None
+        part = final_part(text, self.restarts)
+        try:
+            if kind in IN_PROCESS:
+                verdict = JUDGES[kind](problem, part)
+            else:
+                child = self.borrow(kind)
+                verdict = self.ask(child, problem, part)
+                self.spare[kind].append(child)
+                child = None
+        except Ended as error:
+            verdict = Verdict(0.0, f"The check {error}.")
+        except BadProblem as error:
+            raise SystemExit(f"error: problem {problem.id}: {error}") from None
+        finally:
+            if child:  # it may still be busy
+                child.close()
+        if self.reveal and verdict.reward < 1 and problem.answer is not None:
+            feedback = f"{verdict.feedback} The right answer is {problem.answer}."
+            verdict = replace(verdict, feedback=feedback)
+        return verdict
+
+    def borrow(self, kind: str) -> Child:
+        """A process for this kind: one that is idle, or else a new one."""
+        with contextlib.suppress(IndexError):
+            child = self.spare[kind].pop()
+            while child.process.poll() is not None:  # it died while it was idle
+                child.close()
+                child = self.spare[kind].pop()
+            return child
+        if kind == "code":
+            return confined("drive", unsafe=self.unsafe)
+        worker = Child([sys.executable, "-m", "common.verifiers.worker", kind], cwd=ROOT)
+        try:
+            worker.ask(limit=120)
+        except Ended as error:
+            worker.close()
+            raise SystemExit(f"error: the verifier's process {error}; does "
+                             f"`import {LIBRARIES[kind]}` work?") from None
+        return worker
+
+    def ask(self, child: Child, problem: Problem, part: str) -> Verdict:
+        if problem.kind == "code":
+            return code.judge(
+                problem, part, child, limit=self.limit, unsafe=self.unsafe, reveal=self.reveal
+            )
+        kind, answer = child.ask(b"q", pickle.dumps((problem, part)), limit=self.limit)
+        answer = json.loads(answer)
+        if kind == b"b":
+            raise BadProblem(answer)
+        return Verdict(**answer)
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        for children in self.spare.values():
+            for child in children:
+                child.close()
