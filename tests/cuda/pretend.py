@@ -47,6 +47,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.distributed.fsdp._fully_shard._fsdp_init as sharding  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch._subclasses.meta_utils import MetaConverter  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -156,7 +157,7 @@ def swapping(swap):
     def swapped(a: Tensor, b: Tensor) -> None:
         for x in (a, b):
             if isinstance(x, FakeTensor):
-                x.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+                x.fake_mode.fake_tensor_converter.meta_converter = MetaConverter(copy_data=False)
         swap(a, b)
 
     return swapped
