@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from common import memory
 from common.architecture import empty_lm
+from common.memory import activations as run_without_data
 from common.policy import Policy, add_adapters
 from common.tasks import load_task
 
@@ -89,7 +90,8 @@ def linear(three: dict | tuple, four: dict | tuple, layers: int):
     if isinstance(three, dict):
         return {key: linear(three[key], four[key], layers) for key in three}
     if isinstance(three, tuple):
-        return type(three)(*(linear(a, b, layers) for a, b in zip(three, four)))
+        make = getattr(three, "_make", tuple)
+        return make(linear(a, b, layers) for a, b in zip(three, four))
     return three + (layers - 3) * (four - three)
 
 
@@ -138,7 +140,7 @@ CASES = [
 
 @cache
 def activations(model: str, layers: int, rank: int, tokens: int, longest: int, checkpointing: bool) -> tuple[int, int]:
-    return memory.activations(adapted(model, layers, rank), memory.Load(tokens, longest, 1, 0, False, checkpointing))
+    return run_without_data(adapted(model, layers, rank), memory.Load(tokens, longest, 1, 0, False, checkpointing))
 
 
 def adapted(model: str, layers: int, rank: int) -> PreTrainedModel:

@@ -43,13 +43,28 @@ def test_weights_gradients_moments_and_a_teacher_are_what_a_run_keeps(rank, one_
     assert sum(t.to_local().nbytes for t in kept) == count.weights + count.copies
 
 
+def by_hand(width: int, inner: int, q: int, kv: int, heads: int) -> int:
+    """Bytes that a layer of Qwen3 keeps of a token in bf16; heads of keys and of queries together, q and kv their widths."""
+    norm = 4 + 2  # its input in fp32, and what its weight is multiplied with
+    read_by_linear_layers = 2 * width + 2 * width  # before attention and before the MLP
+    inverse_deviations = 4 * (2 + heads)
+    attention = 2 * (q + kv) + 2 * kv + 2 * q + 4 * (heads - 8)  # queries, keys, values, output, log-sums of the queries
+    return 2 * norm * width + read_by_linear_layers + norm * (q + kv) + inverse_deviations + attention + 4 * 2 * inner
+
+
+@pytest.mark.parametrize("name", bench.QWEN3)
+def test_autograd_keeps_of_a_layer_what_was_worked_out_by_hand(name):
+    _, width, inner, heads, _ = bench.QWEN3[name]
+    assert COUNTED["kept"][name]["all"] == by_hand(width, inner, 128 * heads, 128 * 8, heads + 8)
+    assert COUNTED["kept"][name]["checkpointing"] == 2 * width  # its input
+
+
 def test_what_stays_alive_is_what_autograd_saves():
     """Two ways to count activations: storages that are alive, and saved-tensor hooks."""
     load = memory.Load(4096, 4096, 1, 0, False, False)
     three, four = (memory.activations(bench.lm_of("0.6B", layers), load)[0] for layers in (3, 4))
     saved = bench.kept("0.6B", 4, 4096) - bench.kept("0.6B", 3, 4096)
-    assert four - three == pytest.approx(saved, rel=0.01)
-    assert saved / 4096 == COUNTED["kept"]["0.6B"]["all"]
+    assert four - three == saved == 4096 * COUNTED["kept"]["0.6B"]["all"]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -124,7 +139,7 @@ def test_every_recipe_fits_its_card(gpus, card, peak, gib, command, dry):
     assert processes(command) == (int(gpus), int(gpus)) and 0.9 * int(card) < float(gib) < int(card)
     said = dry(command, float(gib))
     assert f"fits {gib} GiB: yes" in said
-    assert re.search(rf"\s{re.escape(peak)}\d*  at most", said), said
+    assert float(re.search(r"([\d.]+)  at most", said)[1]) == pytest.approx(float(peak), abs=0.05)
 
 
 def test_a_card_of_each_size_has_a_recipe_and_the_readme_shows_them():
