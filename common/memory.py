@@ -273,9 +273,12 @@ class Ledger(TorchDispatchMode):
             return torch.ones((), dtype=args[0].dtype).item()  # a mask's "are all of them …?"
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.device.type == self.device:
+            if isinstance(x, Tensor) and self.holds(x):
                 self.add(x.untyped_storage())
         return out
+
+    def holds(self, x: Tensor) -> bool:
+        return x.device.type == self.device
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

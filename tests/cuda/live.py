@@ -35,6 +35,14 @@ from kernels.head import Divergence  # noqa: E402
 class Ranks(Ledger):
     """A Ledger that looks below DTensors and follows FSDP, which frees gathered weights by resizing their storage."""
 
+    def __init__(self, pretended: pretend.Pretend):
+        super().__init__("cuda")
+        self.fake = pretended.fake
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """DTensor has fake tensors of its own, to learn the shape of a result."""
+        return super().holds(x) and x.fake_mode is self.fake
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
@@ -89,9 +97,10 @@ def main(case: dict) -> dict:
     rows = -(-case["tokens"] // case["longest"])
     length = case["tokens"] // rows
     prompts, responses = [[1] * 200] * rows, [[2] * (length - 200)] * rows
-    ledger, peaks = Ranks("cuda"), {}
+    pretended = pretend.Pretend()
+    ledger, peaks = Ranks(pretended), {}
     resize = torch.UntypedStorage.resize_
-    with (mock.patch.object(torch.UntypedStorage, "resize_", ledger.resizing(resize)), pretend.Pretend(), ledger,
+    with (mock.patch.object(torch.UntypedStorage, "resize_", ledger.resizing(resize)), pretended, ledger,
           flash_attention()):
         student = load(case, True, pretend.GPU)
         teacher = student

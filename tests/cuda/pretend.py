@@ -52,6 +52,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+from transformers.utils import import_utils  # noqa: E402
 
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
@@ -211,6 +212,7 @@ def install(gib: float = 80.0) -> None:
     FakeTensorMode.avoid_device_init = property(lambda mode: True)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is made on the CPU first
     nn.Module._apply = apply
+    import_utils.is_fake_tensor = lambda x: False  # else transformers takes the ways it has for tracing a graph
     torch.utils.swap_tensors = swapping(torch.utils.swap_tensors)
     sharding._move_states_to_device = move
 
