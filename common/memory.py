@@ -163,11 +163,12 @@ def count(lm: PreTrainedModel, load: Load, kept: tuple[int, int]) -> Count:
     width = w if adapters else 4  # of a frozen weight
     copied = whole.trained if adapters else whole.all  # of a LoRA policy's teacher the adapters
     own = load.teacher and load.copies > 0 and not adapters  # the teacher has embeddings of its own
-    # embeddings and head stay whole; so do two layers, the second gathered ahead. A layer's
-    # gradient is there in bf16, and twice in fp32 while the ranks share it out.
+    # embeddings and head stay whole; so do two layers, the second gathered ahead, from a buffer of
+    # its size. A layer's gradient is there in bf16, and in fp32 while the ranks share it out.
     whole_root = w * root.all * (1 + own)
-    layers = 2 * w * unit.all + (w + 8) * unit.trained
-    seen = w * load.tokens * head.shape[1] * load.teacher * max(1, load.copies)
+    layers = 3 * w * unit.all + (w + 4) * unit.trained
+    hidden = w * load.tokens * head.shape[1]
+    seen = hidden * load.teacher * max(1, load.copies)
     after, most = kept
     gradient = 4 * whole.trained // shards
     d_head = w * head.numel() * head.requires_grad
@@ -176,7 +177,8 @@ def count(lm: PreTrainedModel, load: Load, kept: tuple[int, int]) -> Count:
         copies=4 * load.copies * copied // shards,
         sampler=w * whole.all * (load.rows > 0),
         head=whole_root + after + seen + head_bytes(load, *head.shape, head.requires_grad),
-        backward=whole_root + most + seen + d_head + layers,
+        # the hidden states that predict a response, their gradient, and that of all places
+        backward=whole_root + most + seen + 3 * hidden + d_head + layers,
         root=whole_root + (w + 4) * root.trained,
         sampling=load.vllm + decoding_bytes(lm, load, len(head)) - gradient,
     )

@@ -23,6 +23,7 @@ import memory as shapes  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.distributed.tensor._sharding_prop import ShardingPropagator  # noqa: E402
 
 from common import policy  # noqa: E402
 from common.architecture import enable_checkpointing  # noqa: E402
@@ -32,16 +33,27 @@ from kernels import rows_triton  # noqa: E402
 from kernels.head import Divergence  # noqa: E402
 
 
+PROPAGATE = "_propagate_tensor_meta_non_cached"
+
+
 class Ranks(Ledger):
     """A Ledger that looks below DTensors and follows FSDP, which frees gathered weights by resizing their storage."""
 
-    def __init__(self, pretended: pretend.Pretend):
-        super().__init__("cuda")
-        self.fake = pretended.fake
+    paused = False
 
     def holds(self, x: torch.Tensor) -> bool:
-        """DTensor has fake tensors of its own, to learn the shape of a result."""
-        return super().holds(x) and x.fake_mode is self.fake
+        return super().holds(x) and not self.paused
+
+    def apart(self, propagate):
+        """DTensor learns the shape of a result from fake tensors of its own: a GPU never sees them."""
+        def propagated(*args):
+            self.paused = True
+            try:
+                return propagate(*args)
+            finally:
+                self.paused = False
+
+        return propagated
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
@@ -97,11 +109,11 @@ def main(case: dict) -> dict:
     rows = -(-case["tokens"] // case["longest"])
     length = case["tokens"] // rows
     prompts, responses = [[1] * 200] * rows, [[2] * (length - 200)] * rows
-    pretended = pretend.Pretend()
-    ledger, peaks = Ranks(pretended), {}
+    ledger, peaks = Ranks("cuda"), {}
     resize = torch.UntypedStorage.resize_
-    with (mock.patch.object(torch.UntypedStorage, "resize_", ledger.resizing(resize)), pretended, ledger,
-          flash_attention()):
+    with (mock.patch.object(torch.UntypedStorage, "resize_", ledger.resizing(resize)),
+          mock.patch.object(ShardingPropagator, PROPAGATE, ledger.apart(getattr(ShardingPropagator, PROPAGATE))),
+          pretend.Pretend(), ledger, flash_attention()):
         student = load(case, True, pretend.GPU)
         teacher = student
         if case.get("copies"):
