@@ -121,6 +121,7 @@ class Rollouts:
         self.context_length = context_length(AutoConfig.from_pretrained(args.model))
         self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
         self.check_lengths([problem.messages for problem in problems])
+        self.sampled = self.longest  # tokens of the longest prompt without a hint, and its response
 
     def sync(self, policy: Policy) -> None:
         """Give the engine the policy's weights. A collective."""

@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from common import TIMEOUT, checkpoints, require
+from common import TIMEOUT, checkpoints, memory, require
 from common.log import draw_curves, make_tracker, reduce_over_ranks
 from common.settings import changes, check_settings, flat
 
@@ -422,19 +422,14 @@ class Run:
             dist.destroy_process_group()
 
     def dry_run(self, rollouts, copies: int) -> None:
-        """--dry_run: what a step is made of, and how much its weights take.
+        """--dry_run: what a step is made of, and how much memory it takes.
 
         copies: whole models beside the policy (teacher, reference).
         """
-        args, setup, task = self.args, self.setup, rollouts.task
+        args, task = self.args, rollouts.task
         lm = rollouts.check_model()
         count = sum(p.numel() for p in lm.parameters())
         responses = args.batch_size * getattr(args, "group_size", 1)
-        per_rank = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        width = 2 if self.device.type == "cuda" else 4
-        state = (16 + 4 * copies) * count / per_rank  # weights, gradient and AdamW in fp32
-        if setup.lora_rank > 0:
-            state = width * count / per_rank
         settings = "  ".join(f"--{name} {value!r}" for name, value in flat(args).items())
         self.say(
             f"{settings}\n"
@@ -443,9 +438,7 @@ class Run:
             f"{args.max_tokens:,} tokens, {self.updates} update(s); {self.world} process(es)\n"
             f"model   {type(lm).__name__}, {count:,} parameters, context "
             f"{rollouts.context_length:,} tokens\n"
-            f"memory  per process: {state / 2**30:.3f} GiB of weights, gradients and AdamW, "
-            f"{width * count / 2**30:.3f} GiB of the sampler's weights; its KV cache and the "
-            "activations of --token_budget tokens come on top (docs/memory.md)"
+            f"{memory.plan(args, lm, rollouts, self.world, copies)}"
         )
         self.finish(rollouts)
 

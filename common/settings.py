@@ -51,6 +51,7 @@ class Setup:
     eval_samples: int = 1  # responses per held-out problem
     eval_only: bool = False  # evaluate --model and stop
     dry_run: bool = False  # check settings, model, data and engine, print a step's size, and stop
+    gpu_memory: float = 0.0  # --dry_run: GiB of the GPU to plan for; 0: of the one that is here
     save_every: int = 100  # steps between checkpoints; the last step is always saved
     track: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also send metrics there
 
@@ -142,7 +143,7 @@ FIXED = (
 FREE = (
     "name", "out", "resume", "token_budget", "sampler_rows", "tensor_parallel", "vllm_memory",
     "share_prompts", "checkpointing", "shard", "allow_unsafe_exec", "steps", "eval_every",
-    "eval_only", "dry_run", "save_every", "track", "demo",
+    "eval_only", "dry_run", "gpu_memory", "save_every", "track", "demo",
 )
 
 
