@@ -10,14 +10,15 @@ import contextlib
 import json
 import pickle
 import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from common.tasks import Problem, chain, choice, code, gym, maths, tool
 from common.verifiers import BadProblem, Verdict
-from common.verifiers.sandbox import Child, Ended, bubblewrap, confined
+from common.verifiers.sandbox import Child, Ended, confined, held
 from common.verifiers.thoughts import final_part
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,7 @@ JUDGES = {  # code is missing: its judge needs a sandbox
     "gym": gym.judge,
 }
 LIBRARIES = {"math": "math_verify", "gym": "reasoning_gym"}  # kinds that need a worker
+MAX_FEEDBACK = 2**13  # characters
 IN_PROCESS = ("chain", "choice", "tool")  # cannot hang: one pass over the text, small integers
 
 
@@ -52,7 +54,22 @@ class Verifier:
         self.pool = ThreadPoolExecutor(workers)
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
-        return list(self.pool.map(self.one, problems, texts))
+        """Ctrl-C ends it at once, and this verifier with it."""
+        jobs: list[Future] = []
+        try:
+            for problem, text in zip(problems, texts):
+                jobs.append(self.pool.submit(self.one, problem, text))
+            return [job.result() for job in jobs]
+        except KeyboardInterrupt:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            while not all(job.done() for job in jobs):  # one may just be starting a process
+                for child in list(Child.alive):
+                    child.kill()
+                time.sleep(0.01)
+            raise
+        finally:
+            for job in jobs:  # after an error
+                job.cancel()
 
     def check(self, problems: Sequence[Problem]) -> None:
         """Raise SystemExit now if it would be raised later: there is no sandbox for code, or a
@@ -61,7 +78,9 @@ class Verifier:
         for problem in problems:
             of_kind[problem.kind].append(problem)
         if of_kind["code"] and not self.unsafe:
-            bubblewrap()
+            driver = self.borrow("code")
+            held(driver.first)
+            self.spare["code"].append(driver)
         risky = gym.EVALUATED.intersection(problem.meta["gym"] for problem in of_kind["gym"])
         if risky and not self.unsafe:
             raise SystemExit(f"error: reasoning-gym's scorer of {min(risky)} runs answers as "
@@ -96,6 +115,7 @@ class Verifier:
         finally:
             if child:  # it may still be busy
                 child.close()
+        verdict = replace(verdict, feedback=verdict.feedback[:MAX_FEEDBACK])
         if self.reveal and verdict.reward < 1 and problem.answer is not None:
             feedback = f"{verdict.feedback} The right answer is {problem.answer}."
             verdict = replace(verdict, feedback=feedback)
