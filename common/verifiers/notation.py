@@ -1,0 +1,318 @@
+"""From the text of an answer to tokens: one notation for the many that people and models write.
+
+`plain` brings Unicode and LaTeX to one form, `tokens` cuts it into numbers, letters, names, words
+and signs. Both are pure functions and know nothing about the right answer.
+"""
+from __future__ import annotations
+
+import re
+import unicodedata
+from fractions import Fraction
+from typing import NamedTuple
+
+from common.verifiers.units import LETTERS, MULTIPLES, NUMBERS, SHORT, UNITS
+
+MAX_EXPONENT = 10_000  # of 1e5: a larger one is not read
+MAX_TOKENS = 1_000
+
+
+class Unreadable(ValueError):
+    """A text that is no expression of the notation that is known here."""
+
+
+class Token(NamedTuple):
+    kind: str  # "number" | "letter" | "name" | "word" | "sign"
+    text: str
+    spaced: bool = False  # a space stands before it
+    value: Fraction | None = None  # of a number
+    places: int = 0  # of a number: digits after the point
+
+
+# --------------------------------------------------------------------------------------------------
+# one form for the characters
+# --------------------------------------------------------------------------------------------------
+CHARACTERS = {
+    "−": "-", "﹣": "-", "－": "-", "‐": "-", "‑": "-", "—": " \\emdash ", "―": " \\emdash ",
+    "×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "∕": "/", "⁄": "/", "∶": ":",
+    "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ",
+    "±": "\\pm ", "∓": "\\mp ", "∞": "\\infty ", "∪": "\\cup ", "∈": "\\in ", "∅": "\\emptyset ",
+    "ø": "\\emptyset ", "π": "\\pi ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ",
+    "γ": "\\gamma ", "δ": "\\delta ", "ε": "\\epsilon ", "λ": "\\lambda ", "μ": "\\mu ",
+    "ρ": "\\rho ", "σ": "\\sigma ", "τ": "\\tau ", "φ": "\\phi ", "ω": "\\omega ",
+    "⟨": "\\langle ", "⟩": "\\rangle ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ",
+    "⌉": "\\rceil ", "∛": "\\sqrt[3]", "…": "...", "、": ",", "’": "'", "′": "'",
+    "º": "°", "˚": "°", "\u200b": "", "\u2060": "", "\ufeff": "", "\u00ad": "", "\u200e": "",
+}
+UNICODE = str.maketrans(CHARACTERS)
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+
+REPLACEMENTS = [  # (pattern, what it becomes), in this order
+    (r"<<.*?>>", ""),  # GSM8K's calculator notes
+    (r"(?<=\d)\s*–\s*(?=\$?\d)", " to "),  # 3–5 is a range
+    (r"–", "-"),
+    (r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),  # √12 is the root of 12; \sqrt12 is not clear
+    (r"√", r"\\sqrt "),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"\\(?:left|right)\s*\.", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
+    (r"\\(?:boldsymbol|mathbf|bm|ensuremath|boxed|fbox|underline|mathit)\s*(?=\{)", ""),
+    (r"\\(?:bf|rm|it|color\{\w+\})(?![A-Za-z])", ""),
+    (r"(?<!\\)\\!\s*", ""),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z])|hspace\{[^{}]*\})|~", " "),
+    (r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d{3}(?!\d))", ","),  # 1{,}234
+    (r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d)", "."),  # 3{,}5, a decimal comma
+    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])", "°"),
+    (r"\\\\\s*\[[^\[\]]*\]", r"\\\\ "),  # the space between rows: \\\\[2pt]
+    (r"(?<!\\)\\[()\[\]]", " "),  # the borders of formulas
+    (r"\\\$", " ¤"),
+    (r"(?<!\\)\$", " "),
+    (r"\\%", "%"),
+    (r"\*\*", "^"),
+    (r"[\u00a0\u2000-\u200a\u202f\u3000]", " "),
+]
+TABLE = [(re.compile(pattern, re.DOTALL), new) for pattern, new in REPLACEMENTS]
+
+
+def plain(text: str) -> str:
+    """The text with one form for each sign, and without styling and the borders of formulas.
+
+    >>> plain("− 1{,}000"), plain(r"\\left(2½,\\, x²\\right)"), plain("√12 – x°")
+    ('- 1,000', '(2\\\\frac{1}{2},  x^{2})', '\\\\sqrt{12} - x°')
+    """
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", raised, text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lowered, text)
+    text = re.sub("[¼½¾⅐-⅞]", vulgar, text)
+    text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
+    for pattern, new in TABLE:
+        text = pattern.sub(new, text)
+    return text.strip()
+
+
+def raised(match: re.Match) -> str:
+    return "^{" + match[0].translate(SUPERSCRIPTS) + "}"
+
+
+def lowered(match: re.Match) -> str:
+    return "_{" + match[0].translate(SUBSCRIPTS) + "}"
+
+
+def vulgar(match: re.Match) -> str:
+    """
+    >>> vulgar(re.match(".", "¾"))
+    '\\\\frac{3}{4}'
+    """
+    over, _, under = unicodedata.normalize("NFKC", match[0]).partition("⁄")
+    return f"\\frac{{{over}}}{{{under}}}"
+
+
+# --------------------------------------------------------------------------------------------------
+# tokens
+# --------------------------------------------------------------------------------------------------
+FUNCTIONS = set(
+    "sqrt sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh ln log "
+    "lg exp min max gcd lcm binom frac abs floor ceil".split()
+)
+SYMBOLS = set(
+    "pi infty alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau "
+    "phi chi psi omega varphi varepsilon Gamma Delta Theta Lambda Sigma Phi Psi Omega ell".split()
+)
+SAME_NAME = {
+    "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<",
+    "gt": ">", "times": "*", "cdot": "*", "ast": "*", "div": "/", "colon": ":", "lbrace": "{",
+    "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
+    "varnothing": "emptyset", "infinity": "infty", "inf": "infty", "oo": "infty", "asin": "arcsin",
+    "acos": "arccos", "atan": "arctan", "cosec": "csc", "imath": "i", "dots": "...",
+    "ldots": "...", "cdots": "...", "approxeq": "approx", "simeq": "approx", "land": "and",
+    "lor": "or", "wedge": "and", "vee": "or", "sim": "approx", "iff": "=", "lg": "lg",
+}
+TEXTS = set("text textbf textit textrm textsf texttt mathrm mbox operatorname mathsf".split())
+GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"  # 1,234 | 1,00,000
+SPACED = r"[1-9]\d{0,2}(?: \d{3})+(?!\d)|\d{1,3}(?:'\d{3})+(?!\d)"  # 1 000 000 | 1'000
+BLOCK = r"\\(?:overline|bar)\s*(?:\{\d+\}|\d)|\\dot\s*[\d{}]+(?:\\dot\s*[\d{}]+)?|\(\d+\)"  # 0.1(6)
+ELLIPSIS = r"\s?(?:\.{3}|\\[lc]?dots(?![A-Za-z]))"  # 0.333...
+DECIMALS = rf"\.(?P<digits>\d*)(?:(?P<block>{BLOCK})|(?P<ellipsis>{ELLIPSIS}))?"
+EXPONENT = r"[eE](?P<exponent>[+-]?\d+)(?![\d.])"
+TAIL = rf"(?:{DECIMALS})?(?:{EXPONENT})?"
+NUMBER = re.compile(rf"(?P<whole>{GROUPED}|{SPACED}|\d+|(?=\.\d)){TAIL}")
+LISTED = re.compile(rf"(?P<whole>{SPACED}|\d+|(?=\.\d)){TAIL}")  # (1,200) is a pair
+BASED = re.compile(r"\(?([0-9A-F]+)\)?\s*_\s*\{?(?:\\text)?\s*\{?(\d+|[a-z]{3,8})\}*")  # 52_8
+OTHER = re.compile(r"\\\\|\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\S", re.DOTALL)
+
+
+def tokens(text: str) -> list[Token]:
+    """The tokens of an expression. Raises Unreadable if there are too many.
+
+    >>> [t.text for t in tokens(r"2x^2 \\text{ apples}, 1,000 cm")]
+    ['2', 'x', '^', '2', 'apples', ',', '1,000', 'cm']
+    """
+    out: list[Token] = []
+    scan(plain(text), out, upright=False)
+    return out
+
+
+def scan(text: str, out: list[Token], upright: bool) -> None:
+    """Append the tokens of `text`. upright: it stands in \\text{}, so letters are words."""
+    here, depth = 0, 0
+    while here < len(text):
+        start = here + len(text[here:]) - len(text[here:].lstrip())
+        spaced, here = start > here, start
+        if here == len(text):
+            return
+        if len(out) > MAX_TOKENS:
+            raise Unreadable("too long")
+        based = BASED.match(text, here)
+        if based and (base := base_of(based)):
+            out.append(Token("based", f"{based[1]}_{base}", spaced))
+            here = based.end()
+            continue
+        pattern = LISTED if depth > 0 and ", " not in text else NUMBER
+        number = pattern.match(text, here)
+        if number:
+            out.append(as_number(number, spaced))
+            here = number.end()
+            continue
+        match = OTHER.match(text, here)
+        here = match.end()
+        found = match[0]
+        depth += (found in ("(", "[", "\\{")) - (found in (")", "]", "\\}"))
+        if found[0] == "\\":
+            here = command(found[1:], text, here, out, spaced)
+        elif found[0].isalpha():
+            letters(found, out, spaced, upright, text[here:])
+        else:
+            out.append(Token("sign", found, spaced))
+
+
+def base_of(match: re.Match) -> int:
+    """The base of a number such as 52_8, or 0 if its subscript is none.
+
+    >>> [base_of(BASED.match(x)) for x in ("52_8", "1A_{16}", "29_8", r"101_{\\text{two}}")]
+    [8, 16, 0, 2]
+    """
+    digits, name = match.groups()
+    base = NUMBERS.get(name, 0)
+    if name.isdigit() and len(name) <= 2:
+        base = int(name)
+    known = 2 <= base <= 36 and (digits[0].isdigit() or (len(digits) > 1 and base == 16))
+    if known and max(int(digit, 36) for digit in digits) < base:
+        return base
+    return 0
+
+
+def as_number(match: re.Match, spaced: bool) -> Token:
+    """The token of a number, with its exact value. Raises Unreadable if it is far too large.
+
+    >>> [str(as_number(NUMBER.match(x), False).value) for x in ("0.1(6)", "0.333...", "2.5e-1")]
+    ['1/6', '1/3', '1/4']
+    """
+    whole = re.sub(r"\D", "", match["whole"] or "0")
+    digits, block = match["digits"] or "", re.sub(r"\D", "", match["block"] or "")
+    value = Fraction(int(whole + digits), 10 ** len(digits))
+    if match["ellipsis"]:
+        block = recurring(digits)
+        if not block:
+            raise Unreadable("a decimal that is cut off")
+    if block:
+        value += Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(digits))
+    exponent = match["exponent"] or "0"
+    if len(exponent) > 6 or abs(int(exponent)) > MAX_EXPONENT:
+        raise Unreadable("an exponent that is too large")
+    value *= Fraction(10) ** int(exponent)
+    return Token("number", match[0], spaced, value, len(digits))
+
+
+def recurring(digits: str) -> str:
+    """The block that the digits before "..." repeat, or "".
+
+    >>> recurring("333"), recurring("1212"), recurring("1415")
+    ('3', '12', '')
+    """
+    for size in range(1, len(digits) // 2 + 1):
+        if digits[-size:] == digits[-2 * size : -size]:
+            return digits[-size:]
+    return ""
+
+
+def command(name: str, text: str, here: int, out: list[Token], spaced: bool) -> int:
+    """Append the tokens of a LaTeX command that ends at `here`; → where the next token begins."""
+    if name in TEXTS:
+        inside, here = group(text, here)
+        word = inside.strip().replace("\\", "")
+        if word in FUNCTIONS or word in SAME_NAME:
+            command(word, "", 0, out, spaced)
+        elif word in ("e", "i"):
+            out.append(Token("letter", word, spaced))
+        else:
+            scan(inside, out, upright=True)
+        return here
+    name = SAME_NAME.get(name, name)
+    kind = "sign"
+    if name in FUNCTIONS or name in SYMBOLS:
+        kind = "name"
+    elif len(name) == 1 and name.isalpha():
+        kind = "letter"
+    elif name in ("and", "or"):
+        kind = "word"
+    elif name.isalpha():
+        name = f"\\{name}"
+    elif name in ("{", "}"):
+        name = f"\\{name}"
+    out.append(Token(kind, name, spaced))
+    return here
+
+
+def group(text: str, here: int) -> tuple[str, int]:
+    """What the braces that open at `here` hold, and where the text goes on.
+
+    >>> group(r"{a{b}} c", 0)
+    ('a{b}', 6)
+    """
+    opened = re.compile(r"\s*\{").match(text, here)
+    if not opened:
+        raise Unreadable("a command without its braces")
+    depth = 1
+    for end in range(opened.end(), len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[opened.end() : end], end + 1
+    raise Unreadable("braces that do not close")
+
+
+GLUED = re.compile(r"(sin|cos|tan|ln|pi)([a-z])")  # sinx, pir
+AT_END = re.compile(r"\s*(?:$|[,;.)}/^]|per\b|\\)")  # what may follow a unit
+
+
+def letters(run: str, out: list[Token], spaced: bool, upright: bool, rest: str) -> None:
+    """Append a run of letters as a word, a name or a product of variables."""
+    before = out[-1] if out else Token("sign", "")
+    counted = before.kind in ("number", "word", "based") or before.text in ("/", "°", "¤")
+    glued = GLUED.fullmatch(run)
+    counted = counted or (upright and before.text in ("}", ")"))
+    if run in UNITS and counted and len(run) > 1:
+        out.append(Token("word", run, spaced))
+    elif len(run) == 1:
+        unit = run in LETTERS and counted and (spaced or upright) and AT_END.match(rest)
+        out.append(Token("word" if unit else "letter", run, spaced))
+    elif run in FUNCTIONS or run in SYMBOLS:
+        out.append(Token("name", run, spaced))
+    elif run in SAME_NAME and SAME_NAME[run] in FUNCTIONS | SYMBOLS:
+        out.append(Token("name", SAME_NAME[run], spaced))
+    elif glued and run not in SHORT and not (counted and spaced):
+        out += [Token("name", glued[1], spaced), Token("letter", glued[2])]
+    elif upright or is_word(run):
+        out.append(Token("word", run, spaced))
+    else:
+        for i, letter in enumerate(run):
+            out.append(Token("letter", letter, spaced and i == 0))
+
+
+def is_word(run: str) -> bool:
+    """Whether a run of two letters or more is a word rather than a product of variables.
+
+    >>> [is_word(run) for run in ("apples", "xy", "abc", "AB", "Amy", "men", "no")]
+    [True, False, False, True, True, True, True]
+    """
+    known = run in SHORT or run in UNITS or run in NUMBERS or run in MULTIPLES
+    return len(run) >= 4 or known or run != run.lower()
