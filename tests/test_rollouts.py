@@ -7,7 +7,6 @@ import torch
 from conftest import CHAIN
 
 import grpo
-from common import tasks
 from common.chat import chat_ids
 from common.policy import ema_update, frozen_copy, load_policy
 from common.rollouts import Batch, Group, Rollouts, check_fits
@@ -97,7 +96,7 @@ def test_a_teachers_prompt_that_does_not_fit_ends_the_run(batch):
 @pytest.fixture
 def make(one_process, monkeypatch):
     """make(rank, world): the Rollouts of one of several ranks, synced with a policy."""
-    monkeypatch.setattr(tasks, "CHAIN_SIZE", 64)
+    monkeypatch.setattr("common.tasks.chain.SIZE", 64)
     policy = load_policy(CHAIN, CPU, Setup())
     made = []
 

@@ -32,7 +32,7 @@ SMALL = ["--batch_size", "2", "--group_size", "2", "--heldout", "4", "--max_toke
 @pytest.fixture(scope="module", autouse=True)
 def few_problems():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "CHAIN_SIZE", 64)
+        patch.setattr("common.tasks.chain.SIZE", 64)
         yield
 
 

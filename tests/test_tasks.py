@@ -120,15 +120,15 @@ def test_overlap_with_evaluation_sets_is_told_and_exact_copies_are_removed(tmp_p
     write(tmp_path / "math" / "math500.json", [{"problem": LONG + ". How many trees?", "answer": "63"},
                                                {"problem": "prove it by heart.", "answer": "1"}], as_list=True)
     task = load_task(spec, heldout=0, data_dir=str(tmp_path), against="math500")
-    assert task.notes == ("1 of 21 training questions share 13 words in a row with math500",
-                          "1 training questions were removed, for they stand in an evaluation set")
+    assert task.notes[1:] == ("1 of 21 training questions share 13 words in a row with math500",
+                              "1 training questions were removed, for they are in an evaluation set")
     assert len(task.train) == 21
-    assert load_task(spec, heldout=0).notes == ()
+    assert load_task(spec, heldout=0, kind="math").notes == ()
 
 
 def test_the_instruction_that_all_questions_share_is_no_overlap(tmp_path):
     spec = write(tmp_path / "a.jsonl", sums(30))
-    assert len(INSTRUCTION.split()) > 11 and load_task(spec, heldout=5).notes == ()
+    assert len(INSTRUCTION.split()) > 11 and load_task(spec, heldout=5, kind="math").notes == ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,6 +180,32 @@ def test_the_hub_out_of_reach_is_one_clear_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit, match=r"error: --task hf:nobody/nothing@test: .*; without the hub, give --data_dir"):
         load_problems("hf:nobody/nothing@test")
+
+
+@pytest.mark.parametrize("fields, kind", [
+    ({}, "math"), ({"kind": "algebra"}, "math"), ({"kind": ["mcq"]}, "math"), ({"kind": "math", "answerKey": "A"}, "math"),
+    ({"kind": "choice"}, "choice"), ({"kind": "mcq"}, "choice"), ({"answerKey": "A"}, "choice"),
+    ({"kind": "tool"}, "tool"), ({"kind": "tooluse"}, "tool"), ({"golden_answer": "[]"}, "tool"),
+    ({"kind": "tool", "answerKey": "A"}, "tool")])
+def test_a_record_states_its_kind_or_is_recognised_and_a_flag_overrides_both(fields, kind):
+    record = {"question": "?", "answer": "A", **fields}
+    assert as_problem(record, "here").kind == kind
+    for stated in ("math", "choice", "tool"):
+        assert as_problem(record, "here", kind=stated).kind == stated
+
+
+def test_code_without_tests_is_refused_in_words():
+    with pytest.raises(SystemExit, match=r"here: its tests cannot be read .ValueError: no field test_list, entry_point"):
+        as_problem({"question": "?", "answer": "A"}, "here", kind="code")
+
+
+def test_what_was_recognised_is_told_and_what_the_flag_states_is_not(tmp_path):
+    spec = write(tmp_path / "a.jsonl", [*sums(3), {"question": "A: yes or B: no?", "answer": "A", "kind": "mcq"}])
+    assert load_task(spec, heldout=1).notes in (
+        (f"{spec}: read as 3 math, 1 choice; --kind states another kind",),
+        (f"{spec}: read as 1 choice, 3 math; --kind states another kind",))
+    stated = load_task(spec, heldout=1, kind="choice")
+    assert stated.notes == () and {p.kind for p in stated.train} == {"choice"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

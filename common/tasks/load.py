@@ -101,7 +101,7 @@ def divide(name: str, count: int, options: dict) -> tuple[list[Problem], list[Pr
     if name.partition(":")[0] in FILES and not options["kind"]:
         counts = Counter(problem.kind for problem in train)
         kinds = ", ".join(f"{n} {kind}" for kind, n in counts.items())
-        notes.append(f"{name}: read as {kinds}; --kind reads its records as another kind")
+        notes.append(f"{name}: read as {kinds}; --kind states another kind")
     if source in SETS and SETS[source].splits == BOTH:
         test = in_hash_order(load_problems(name, "test", **options))
     else:

@@ -1,11 +1,13 @@
-"""The part of the sandbox that runs inside it: sandbox.py sends this file's code object to a fresh Python.
+"""The part of the sandbox that runs inside it: sandbox.py sends this file's code object to a fresh
+Python.
 
-`serve` is the process that holds an untrusted program; `drive` holds the tests and never sees the program. They talk
-through the parent. Start-up is most of the cost of a short program, so only what Python has loaded or built in is
-imported.
+`serve` is the process that holds an untrusted program; `drive` holds the tests and never sees the
+program. They talk through the parent. Start-up is most of the cost of a short program, so only what
+Python has loaded or built in is imported.
 
-    parent → serve   load (prelude, program, whether it is a script), call (name, args, kwargs)     as marshal data
-    serve → parent   value, error (text)                            as JSON, for the program is not to be trusted
+    parent → serve   load (prelude, program, whether it is a script), call (name, args, kwargs), as
+                     marshal data
+    serve → parent   value, error (text), as JSON, for the program is not to be trusted
     parent → drive   job (setup, names, tests); value or error for each call
     drive → parent   call, passed, failed (text), unfit (text: the test cannot be run), done
 """
@@ -16,37 +18,49 @@ import resource
 import sys
 from _json import encode_basestring_ascii as quote
 
-READY, LOAD, CALL, VALUE, ERROR, JOB, PASSED, FAILED, UNFIT, DONE = [bytes([c]) for c in b"rlcvejpfud"]
+READY, LOAD, CALL, VALUE, ERROR = b"r", b"l", b"c", b"v", b"e"  # kinds of messages
+JOB, PASSED, FAILED, UNFIT, DONE = b"j", b"p", b"f", b"u", b"d"
 MEMORY = 2**30  # bytes of address space, of each process
+FILE = 2**26  # bytes of a file
 PROCESSES = 8  # processes and threads of a program
 MAX_OUTPUT = 8 * 2**20  # bytes
 SHOWN = 250  # characters of a value in feedback
 
 
 def take_over() -> None:
-    """Messages come from what was stdin and go to what was stdout; nothing else can read or write there."""
+    """Messages come from what was stdin and go to what was stdout; nothing else can read or write
+    there."""
     global requests, replies
-    requests, replies, null = open(os.dup(0), "rb"), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    requests, replies = open(os.dup(0), "rb"), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)
 
 
 def main(role: str, seconds: int, uid: int, unsafe: bool) -> None:
-    """Confine this process for good, then serve or drive. uid: whom to become, where this process is root."""
+    """Confine this process for good, then serve or drive. uid: whom to become if this is root; 0:
+    nobody else."""
     with open("/proc/self/oom_score_adj", "w") as f:
-        f.write("1000")  # where memory runs out, this goes first
+        f.write("1000")  # if memory runs out, this goes first
     take_over()
     if uid:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    # NPROC counts a user's processes: see sandbox.confined
-    limits = dict(AS=MEMORY, CPU=seconds, FSIZE=2**26, CORE=0, **({} if unsafe else {"NPROC": PROCESSES}))
-    for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    limits = {
+        resource.RLIMIT_AS: MEMORY, resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: FILE, resource.RLIMIT_CORE: 0,
+    }
+    if not unsafe:  # it counts a user's processes: see sandbox.confined
+        limits[resource.RLIMIT_NPROC] = PROCESSES
+    for limit, value in limits.items():
+        resource.setrlimit(limit, (value, value))
     builtins.exit = builtins.quit = sys.exit  # python -S leaves them out, and programs use them
     send(READY)
-    serve() if role == "serve" else drive()
+    if role == "serve":
+        serve()
+    else:
+        drive()
 
 
 def send(kind: bytes, payload: bytes = b"") -> None:
@@ -59,22 +73,26 @@ def receive() -> tuple[bytes, bytes]:
     head = requests.read(5)
     if not head:
         os._exit(0)  # the parent has gone
-    return head[:1], requests.read(int.from_bytes(head[1:], "little"))
+    size = int.from_bytes(head[1:], "little")
+    return head[:1], requests.read(size)
 
 
 def describe(error: BaseException) -> bytes:
     """Type, message and line in the program."""
     line, trace = getattr(error, "lineno", None), error.__traceback__
     while trace:
-        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "program" else line
+        if trace.tb_frame.f_code.co_filename == "program":
+            line = trace.tb_lineno
         trace = trace.tb_next
     message = f"{type(error).__name__}: {getattr(error, 'msg', error)}"[:SHOWN]
-    return (f"{message} (line {line})" if line else message).encode(errors="replace")
+    if line:
+        message += f" (line {line})"
+    return message.encode(errors="replace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the untrusted side: a program, calls of its functions, runs of it as a script
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def serve() -> None:
     here = os.getpid()
     while True:
@@ -82,7 +100,8 @@ def serve() -> None:
         try:
             if kind == LOAD:
                 prelude, program, script = marshal.loads(payload)
-                code, names, result = compile(program, "program", "exec"), new_module("program"), ""
+                code, names = compile(program, "program", "exec"), new_module("program")
+                result = ""
                 if script:
                     names["script"] = lambda text: run_script(code, text)
                 else:
@@ -90,7 +109,9 @@ def serve() -> None:
                     exec(code, names)
             else:
                 name, args, kwargs = marshal.loads(payload)
-                function = names[name] if name in names else getattr(names["Solution"](), name)
+                function = names.get(name)
+                if name not in names:
+                    function = getattr(names["Solution"](), name)
                 result = encode(function(*args, **kwargs))
             send(VALUE, result.encode())
         except BaseException as error:  # whatever the program raises, SystemExit too
@@ -106,7 +127,8 @@ def new_module(name: str) -> dict:
 
 
 def run_script(code, text: str) -> str:
-    """What the program prints when it runs as a script, in a process of its own, with `text` on its stdin."""
+    """What the program prints when it runs as a script, in a process of its own, with `text` on its
+    stdin."""
     files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
     with open(files[0], "w", closefd=False) as f:
         f.write(text)
@@ -116,23 +138,26 @@ def run_script(code, text: str) -> str:
         os.setsid()
         for fd, file in enumerate(files):
             os.dup2(file, fd)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        sys.stdin = open(0)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
         try:
             exec(code, new_module("__main__"))
         except Exception as error:
             os.write(2, describe(error))
             os._exit(1)
         sys.exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _, status = os.waitpid(child, 0)
+    status = os.waitstatus_to_exitcode(status)
     try:
         os.killpg(child, 9)  # what it left running
     except ProcessLookupError:
         pass
-    printed, failure = os.pread(files[1], MAX_OUTPUT + 1, 0), os.pread(files[2], SHOWN, 0)
+    printed = os.pread(files[1], MAX_OUTPUT + 1, 0)
+    failure = os.pread(files[2], SHOWN, 0).decode(errors="replace")
     for file in files:
         os.close(file)
     if status or len(printed) > MAX_OUTPUT:
-        raise RuntimeError(failure.decode(errors="replace") or f"exit status {status}, {len(printed)} bytes printed")
+        raise RuntimeError(failure or f"exit status {status}, {len(printed)} bytes printed")
     return printed.decode(errors="replace")
 
 
@@ -145,7 +170,9 @@ def encode(x) -> str:
     if x is None or isinstance(x, bool):
         return {None: "null", True: "true", False: "false"}[x]
     if isinstance(x, int):
-        return int.__repr__(x) if x.bit_length() < 10_000 else f'{{"int": "{int.__format__(x, "x")}"}}'
+        if x.bit_length() < 10_000:
+            return int.__repr__(x)
+        return f'{{"int": "{int.__format__(x, "x")}"}}'
     if isinstance(x, float):
         return float.__repr__(x).replace("inf", "Infinity").replace("nan", "NaN")
     if isinstance(x, str):
@@ -155,17 +182,22 @@ def encode(x) -> str:
     if isinstance(x, complex):
         return f'{{"complex": [{encode(x.real)},{encode(x.imag)}]}}'
     if isinstance(x, dict):
-        return f'{{"dict": [{",".join([f"[{encode(k)},{encode(v)}]" for k, v in x.items()])}]}}'
+        items = [f"[{encode(key)},{encode(value)}]" for key, value in x.items()]
+        return f'{{"dict": [{",".join(items)}]}}'
     if not hasattr(type(x), "__iter__"):
         return f'{{"object": [{encode(bool(x))},{quote(repr(x)[:SHOWN])}]}}'
-    kind = next((base.__name__ for base in (list, tuple, set, frozenset) if isinstance(x, base)), "iter")
     items = f"[{','.join([encode(item) for item in x])}]"
-    return items if kind == "list" else f'{{"{kind}": {items}}}'
+    if isinstance(x, list):
+        return items
+    for base in (tuple, set, frozenset):
+        if isinstance(x, base):
+            return f'{{"{base.__name__}": {items}}}'
+    return f'{{"iter": {items}}}'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the trusted side: tests whose calls go to the other process
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class Other:
     """A result that is not plain data. It equals nothing else."""
 
@@ -183,8 +215,11 @@ class Unfit(BaseException):
     """A test that cannot be run this way."""
 
 
-KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "iter": iter, "object": Other,
-         "bytes": bytes.fromhex, "int": lambda text: int(text, 16), "complex": lambda parts: complex(*parts)}
+KINDS = {
+    "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "iter": iter,
+    "bytes": bytes.fromhex, "int": lambda text: int(text, 16),
+    "complex": lambda parts: complex(*parts), "object": Other,
+}
 
 
 def decode(text: str | bytes):
@@ -209,7 +244,8 @@ def drive() -> None:
     while True:
         kind, payload = receive()
         if kind != JOB:
-            os._exit(1)  # an answer that a test did not live to read: it is from the program, and must not be loaded
+            # an answer that a test did not live to read: it is the program's and must not be loaded
+            os._exit(1)
         child = os.fork()
         if child == 0:
             run_tests(*marshal.loads(payload))
@@ -225,17 +261,19 @@ def run_tests(setup: str, names: list[str], tests: list[str]) -> None:
     def proxy(name: str):
         def call(*args, **kwargs):
             nonlocal last, returned
-            shown = ", ".join([repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()])
-            last = f"{name}({shown[:SHOWN]})"
+            shown = [repr(value) for value in args]
+            shown += [f"{key}={value!r}" for key, value in kwargs.items()]
+            last = f"{name}({', '.join(shown)[:SHOWN]})"
             try:
                 send(CALL, marshal.dumps((name, args, kwargs)))
             except ValueError:  # the test's fault, unless it passes on what the program returned
-                raise (RuntimeError if returned else Unfit)("an argument is not plain data") from None
+                fault = RuntimeError if returned else Unfit
+                raise fault("an argument is not plain data") from None
             kind, reply = receive()
-            if kind == ERROR:  # as a built-in exception of its name, for tests that expect one
-                error = vars(builtins).get(reply.partition(b":")[0].decode(errors="replace"))
-                last += f": {reply.decode(errors='replace')}"
-                raise (error if isinstance(error, type) and issubclass(error, Exception) else RuntimeError)(last)
+            if kind == ERROR:
+                reply = reply.decode(errors="replace")
+                last += f": {reply}"
+                raise exception(reply.partition(":")[0])(last)
             returned, result = True, decode(reply)
             last += f" returned {repr(result)[:SHOWN]}"
             return result
@@ -254,4 +292,13 @@ def run_tests(setup: str, names: list[str], tests: list[str]) -> None:
             except Exception as error:
                 send(FAILED, last.encode(errors="replace") or describe(error))
     except BaseException as error:
-        send(UNFIT, f"{last or 'setup'}: ".encode(errors="replace") + describe(error))
+        place = last or "setup"
+        send(UNFIT, f"{place}: ".encode(errors="replace") + describe(error))
+
+
+def exception(name: str) -> type[Exception]:
+    """The built-in exception of this name, for tests that expect one; else RuntimeError."""
+    kind = vars(builtins).get(name)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        return kind
+    return RuntimeError
