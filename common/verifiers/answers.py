@@ -134,7 +134,7 @@ IS = r"(?:is|was|equals|would be|will be|must be|should be|comes out to|comes to
 MARK = re.compile(
     rf"(?i)(?P<hashes>^\s*####|(?<=[\s.])####)|"
     rf"(?<![A-Za-z])answer{TO_WHAT}\s*{BOLD}\s*(?:{IS}\b|:|=|≈)|\bans(?:\.|:|=)|"
-    rf"^[#*_\s>]*(?:my |the )?final answer[\s*_:.]*$|^(?:#+\s*|\*\*\s*)answer[\s*_:.]*$",
+    rf"^\W*answer\s*(?=\$|\\[\[(])|^[#*_\s>]*(?:my |the )?final answer[\s*_:.]*$|^(?:#+\s*|\*\*\s*)answer[\s*_:.]*$",
     re.MULTILINE,
 )
 NO_MARK = re.compile(r"(?i)\b(?:wrong|incorrect|first|initial|previous|earlier|other|naive|common|tempting|"
@@ -161,11 +161,13 @@ FILLER = re.compile(
     r"(?i)(?:[\s:=>]|\*\*|__|\}|(?<![\w*])\*(?=\s)|\b(?:is|that|thus|therefore|now|actually|indeed|simply|exactly|"
     r"only|just|equal to|given by|as follows|the (?:number|value|integer|option|choice)(?: of)?)\b)*"
 )
+SENTENCE = re.compile(r"(?i)(?:(?:the|there|our|its|his|her|each)\s[^.?\n]{0,150}?(?<!answer)\s(?:is|are|equals)\s)?\s*")
 FORMULA = re.compile(r"\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]*[^$\n\\])\$(?!\d)", re.DOTALL)
 END = re.compile(r"(?<!\\)[.!](?=[\s*_\"”)]*(?:\s|$))|\n|\\n(?![a-z])|—|<\|")
-HEDGE = re.compile(r"(?i)\b(?:no|wait|maybe|perhaps|or|but|sorry|unsure|probably|possibly|might|could|not sure|either)\b|\?")
+HEDGE = re.compile(r"(?i)\b(?:no|wait|maybe|perhaps|or|but|sorry|unsure|probably|possibly|might|could|not sure|either|"
+                   r"otherwise|unless|depending|respectively|if)\b|\?|\band\s+\$?-?[\d\0]")
 NEXT_CLAUSE = re.compile(
-    r"[,;]\s+(?!(?:and|or)\b|sqrt|pi\b)(?=[A-Za-z]{2})|\s\((?=[A-Za-z]{3,}\s+\S*[\d=$])|[,;]?\s+(?:because|since|as|where|which|for|"
+    r"\s-\s(?!(?:log|ln|sin|cos|tan|sqrt|pi)\b)(?=[A-Za-z]{2})|[,;]\s+(?!(?:and|or)\b|sqrt|pi\b)(?=[A-Za-z]{2})|\s\((?!mod)(?=[A-Za-z]{3,}\s+\S*[\d=$])|[,;]?\s+(?:because|since|as|where|which|for|"
     r"when|so|after|making|giving|assuming|given|using|by)\b|\s+(?:and|but)\s+(?:the|it|he|she|they|we|this|that|so)\b"
 )
 MARKUP = re.compile(r"<<.*?>>|\*\*(?!\w)|(?<![\w)])\*\*|__|(?<![\w*])\*(?=\w)|(?<=\w)\*(?![\w*\s(])|[`\"“”]")
@@ -186,9 +188,15 @@ def clause(rest: str) -> str:
         return f" \0{len(formulas) - 1}\0 "
 
     text = FORMULA.sub(keep, MARKUP.sub("", rest[:MAX_ANSWER]))
-    text = text[FILLER.match(text).end() :]
+    filler = FILLER.match(text)
+    text = text[filler.end() :]
+    if "\n" in filler[0] and re.match(r"[-−–*+•]\s", text):
+        return ""  # an item of a list, or a sign
+    text = text[SENTENCE.match(text).end() :]
     end = END.search(text)
     sentence = text[: end.start()] if end else text
+    if end and text.startswith("..", end.start()):
+        return ""
     cut = NEXT_CLAUSE.search(sentence)
     first, remainder = sentence, ""
     if cut:
@@ -197,4 +205,4 @@ def clause(rest: str) -> str:
         return ""
     for i, formula in enumerate(formulas):
         first = first.replace(f"\0{i}\0", formula)
-    return SUM.sub("", first.strip()).strip(" ,;:")
+    return SUM.sub("", first.strip()).strip(" ,;:'")

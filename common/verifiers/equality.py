@@ -20,6 +20,7 @@ from common.verifiers.values import equal, evaluate, exact, signs, symbols
 from common.verifiers.values import NoValue, points
 
 MAX_MEMBERS = 60  # of a set that is compared by value
+ZERO = Node("num", (Fraction(0), 0))
 
 
 def compare(gold: str, text: str) -> tuple[str, bool]:
@@ -65,7 +66,7 @@ def written(text: str) -> str:
     ('Allrealx', 'x')
     """
     bare = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r"\1", plain(text))
-    return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", bare).strip(".")
+    return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", re.sub(r"(?<!\.)\.\s*$", "", bare))
 
 
 def reading(gold: str) -> str:
@@ -98,6 +99,11 @@ def alike(gold: Node, answer: Node) -> bool:
     named = assigned(gold), assigned(answer)
     if None not in named:
         return same_assignments(*named)
+    if (named[0] or named[1]) and "list" == gold.op == answer.op:
+        gold, answer = bare(gold, named[0]), bare(answer, named[1])
+        return same_order(list(gold.args), list(answer.args))
+    if len(named[0] or named[1] or "") > 1 and "set" in (gold.op, answer.op):
+        return False
     ordered = in_order(gold, named[0]), in_order(answer, named[1])
     if None not in ordered:
         return same_order(*ordered)
@@ -109,7 +115,7 @@ def alike(gold: Node, answer: Node) -> bool:
 
 def one_value(gold: Node, answer: Node) -> bool:
     """Two single answers: words, a number with its base, a ratio, a matrix, a value."""
-    several = {"list", "set", "rel", "tuple", "union", "label"}
+    several = {"list", "set", "rel", "tuple", "union", "both", "label"}
     if gold.op in several or answer.op in several:
         return False  # of different kinds
     (gold, unit), (answer, other) = measured(gold), measured(answer)
@@ -119,7 +125,7 @@ def one_value(gold: Node, answer: Node) -> bool:
         return gold == answer
     if gold.op == "based" or answer.op == "based":
         return based(gold, answer)
-    if gold.op == "ratio" or answer.op == "ratio":
+    if {gold.op, answer.op} & {"ratio", "span"}:
         return ratios(gold, answer) and agree(unit, other)
     if gold.op == "matrix" or answer.op == "matrix":
         return matrices(gold, answer)
@@ -211,8 +217,10 @@ def based(gold: Node, answer: Node) -> bool:
 
 
 def ratios(gold: Node, answer: Node) -> bool:
-    """3:4 is 3:4 or the fraction 3/4, term by term: 3:30 may be a time."""
-    if gold.op != answer.op:
+    """3:4 is 3:4, 3 to 4 or the fraction 3/4, term by term: 3:30 may be a time."""
+    if answer.op == "span" and gold.op not in ("ratio", "span"):
+        return False
+    if gold.op != answer.op and answer.op != "span":
         gold, answer = as_ratio(gold), as_ratio(answer)
     terms, others = gold.args, answer.args
     return len(terms) == len(others) and all(map(one_value, terms, others)) and bool(terms)
@@ -269,6 +277,11 @@ def plain_member(node: Node) -> Node:
     if node.op == "rel" and node.args[0] == ("=",) and node.args[1].op == "sym":
         return node.args[2]
     return node
+
+
+def bare(node: Node, named: dict[str, Node] | None) -> Node:
+    """The list of values of x = 1, y = 2."""
+    return Node("list", tuple(named.values())) if named else node
 
 
 def same_members(gold: list[Node], answer: list[Node]) -> bool:
@@ -361,7 +374,7 @@ def close(first: Node, second: Node) -> bool:
 
 
 def assigned(node: Node) -> dict[str, Node] | None:
-    """What x = 1, y = 2 says of each variable; None for anything else."""
+    """What x = 1, y = 2 says of each of several variables; None for anything else."""
     if node.op not in ("list", "set"):
         return None
     found: dict[str, Node] = {}
@@ -370,7 +383,7 @@ def assigned(node: Node) -> dict[str, Node] | None:
         if not named or part.args[1].args[0] in found:
             return None
         found[part.args[1].args[0]] = part.args[2]
-    return found
+    return found if len(found) > 1 else None
 
 
 def same_assignments(gold: dict[str, Node], answer: dict[str, Node]) -> bool:
@@ -379,13 +392,15 @@ def same_assignments(gold: dict[str, Node], answer: dict[str, Node]) -> bool:
 
 def relations(gold: Node, answer: Node) -> bool:
     """Two equations, or two inequalities, are the same if one is a multiple of the other."""
-    if gold.op != answer.op or gold.args[0] != answer.args[0] or len(gold.args[0]) != 1:
+    if gold.op != answer.op or len(gold.args[0]) != 1 or len(answer.args[0]) != 1:
         return False
-    if gold.args[0] not in (("=",), ("!=",)):
-        return len(gold.args) == len(answer.args) and all(map(equal, gold.args[1:], answer.args[1:]))
-    if name_of(gold) and name_of(answer) and symbols(gold) != symbols(answer):
-        return False
-    return proportional(difference(gold), difference(answer))
+    [sign], [other] = gold.args[0], answer.args[0]
+    if sign in ("=", "!="):
+        return sign == other and factor(difference(gold), difference(answer)) != 0
+    sides = factor(difference(gold), difference(answer))
+    if sides < 0:
+        other = other.translate(str.maketrans("<>", "><"))
+    return sides != 0 and sign == other
 
 
 def difference(node: Node) -> Node:
@@ -393,22 +408,25 @@ def difference(node: Node) -> Node:
     return Node("add", (left, Node("neg", (right,))))
 
 
-def proportional(first: Node, second: Node) -> bool:
-    """Whether one is a constant multiple of the other, and neither is constant.
+def factor(first: Node, second: Node) -> int:
+    """The sign of the constant that makes the first tree of the second, or 0 if none does.
 
-    >>> proportional(read("x - 5"), read("10 - 2x")), proportional(read("x"), read("x^2"))
-    (True, False)
+    >>> factor(read("x - 5"), read("10 - 2x")), factor(read("x"), read("x^2"))
+    (-1, 0)
     """
     names = sorted((symbols(first) | symbols(second)) - {"e", "i", "pi"})
     if not names or symbols(first) != symbols(second):
-        return False
+        return 0
     for point in points(names):
-        values = [Node("num", (value, 0)) for value in point.values()]
-        at = dict(zip(names, values))
+        at = {name: Node("num", (value, 0)) for name, value in point.items()}
         left, right = insert(first, at), insert(second, at)
-        if not equal(left, Node("num", (Fraction(0), 0))):
-            return equal(Node("mul", (first, right)), Node("mul", (second, left)))
-    return False
+        if equal(left, ZERO) or equal(right, ZERO):
+            continue
+        if not equal(Node("mul", (first, right)), Node("mul", (second, left))):
+            return 0
+        (a, b), _ = evaluate([left, right], {}, allow_complex=False)
+        return 1 if a * b > 0 else -1
+    return 0
 
 
 def insert(node: Node, values: dict[str, Node]) -> Node:
@@ -436,7 +454,7 @@ def is_region(node: Node) -> bool:
     """Whether a node is a set of numbers for certain: (2, 4) may also be a point."""
     if node.op == "rel":
         return True
-    if node.op == "union":
+    if node.op in ("union", "both"):
         return True
     if node.op != "tuple":
         return False
@@ -458,6 +476,8 @@ def region(node: Node) -> tuple[str, list[Interval]] | None:
         return None
     if node.op == "rel":
         return inequality(node)
+    if node.op == "both":
+        return intersection([region(part) for part in node.args])
     if node.op in ("union", "list") and node.args:
         parts = [region(part) for part in node.args]
         if None in parts or (node.op == "list" and not all(p.op == "rel" for p in node.args)):
@@ -468,6 +488,19 @@ def region(node: Node) -> tuple[str, list[Interval]] | None:
         intervals = [interval for _, found in parts for interval in found]
         return next(iter(names), ""), intervals
     return None
+
+
+def intersection(parts: list) -> tuple[str, list[Interval]] | None:
+    """One inequality that bounds a variable below and one that bounds it above."""
+    if len(parts) != 2 or None in parts or parts[0][0] != parts[1][0]:
+        return None
+    intervals = [interval for _, found in parts for interval in found]
+    below = [interval for interval in intervals if interval.low == BELOW]
+    above = [interval for interval in intervals if interval.high == INFINITY]
+    if len(intervals) != 2 or len(below) != 1 or len(above) != 1:
+        return None
+    closed = (above[0].closed[0], below[0].closed[1])
+    return parts[0][0], [Interval(above[0].low, below[0].high, closed)]
 
 
 def inequality(node: Node) -> tuple[str, list[Interval]] | None:
@@ -487,17 +520,18 @@ def inequality(node: Node) -> tuple[str, list[Interval]] | None:
         [hole] = [member for i, member in enumerate(members) if i != place]
         return name, [Interval(BELOW, hole, (False, False)),
                       Interval(hole, INFINITY, (False, False))]
-    low, high, closed = BELOW, INFINITY, [False, False]
+    low, high, closed, sides = BELOW, INFINITY, [False, False], set()
     for i, sign in enumerate(joins):
         if i not in (place - 1, place) or sign == "!=":
             return None
         other = members[i + 1] if i == place else members[i]
         above = sign.startswith(">") == (i == place)  # the variable is above the other member
+        sides.add(above)
         if above:
             low, closed[0] = other, sign.endswith("=")
         else:
             high, closed[1] = other, sign.endswith("=")
-    if len(joins) == 2 and (low == BELOW or high == INFINITY):
+    if len(sides) != len(joins):
         return None
     return name, [Interval(low, high, tuple(closed))]
 
@@ -530,11 +564,11 @@ def by_library(gold: str, answer: str) -> bool:
     if re.search(r"\d{4}|\^\s*\{?\s*\d+\s*\}?\s*\^|!", gold + answer):
         return False  # sympy would compute it
     from math_verify import LatexExtractionConfig, parse
-    from sympy import Basic, Float, simplify
+    from sympy import Expr, Float, simplify
 
     values = [parse(f"${text.strip(' $')}$", [LatexExtractionConfig()], fallback_mode="no_fallback",
                     parsing_timeout=None) for text in (gold, answer)]
-    expressions = [found[0] for found in values if found and isinstance(found[0], Basic)]
+    expressions = [found[0] for found in values if found and isinstance(found[0], Expr)]
     if len(expressions) < 2 or any(x.has(Float) for x in expressions):
         return False
     left, right = (expression.doit() for expression in expressions)

@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from common.verifiers.notation import FUNCTIONS, NUMBERS, Token, Unreadable, tokens
-from common.verifiers.units import CHANGES, MULTIPLES, UNITS, unit_of
+from common.verifiers.units import CHANGES, MULTIPLES, PARTS, UNITS, unit_of
 
 MAX_DEPTH = 40  # of brackets
 
@@ -35,11 +35,13 @@ class Node(NamedTuple):
 
 RELATIONS = {
     "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "\\le": "<=", "\\ge": ">=",
-    "\\ne": "!=", "!=": "!=", "\\approx": "~", "\\in": "in",
+    "\\ne": "!=", "!=": "!=", "\\approx": "~", "\\in": "in", "is": "=", "are": "=",
+    "equals": "=",
 }
 CLOSING = {"(": ")]", "[": "])", "\\{": ["\\}"], "{": "}", "\\langle": ["\\rangle"]}
-ENDS = set(", ; and or ) ] } \\} | & \\ \\end \\rangle \\cup \\cap : ".split()) | set(RELATIONS)
+ENDS = set(", ; and or to ) ] } \\} | & \\ \\end \\rangle \\cup \\cap : ".split()) | set(RELATIONS)
 FILLERS = ("option", "choice", "answer", "approximately", "approx", "exactly", "only", "just")
+ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")  # sin A = 1/2 names the sine of A
 MATRICES = ("pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array", "vmatrix")
 
 
@@ -105,15 +107,30 @@ class Parser:
     def answer(self) -> Node:
         while self.now and self.now.kind == "word" and self.now.text.lower() in FILLERS:
             self.take()
+            if self.at(":"):
+                self.take()
         label = self.label()
         if label:
             rest = self.answer() if self.now else None
             return Node("label", (label, rest))
-        return joined("list", self.items())
+        return self.listed()
+
+    def listed(self) -> Node:
+        """Items; inequalities that "and" joins hold together."""
+        start = self.here
+        found = self.items()
+        joints = {token.text for token in self.tokens[start : self.here] if token.text in ("or", ",", ";")}
+        if len(found) > 1 and not joints and all(node.op == "rel" for node in found):
+            if not any("=" in node.args[0] for node in found):
+                return Node("both", tuple(found))
+        return joined("list", found)
 
     def label(self) -> str:
         """The letter of an option before its content, as in (B) 12; "" if there is none."""
         first, letter, last, rest = map(self.after, range(4))
+        if letter and letter.text == ")" and first.text in "ABCDEFGHIJ":  # B) 12
+            self.here += 2
+            return first.text
         shaped = last is not None and (first.text, last.text) == ("(", ")")
         if shaped and letter.text in "ABCDEFGHIJ" and (
                 rest is None or rest.spaced or rest.kind == "number"):
@@ -147,10 +164,11 @@ class Parser:
         end = self.here
         depth = 0
         while end < len(self.tokens) and (depth or self.tokens[end].text not in ENDS - {":", "|"}):
-            depth += (self.tokens[end].text == "(") - (self.tokens[end].text == ")")
+            text = self.tokens[end].text
+            depth += (text in ("(", "{")) - (text in (")", "}"))
             end += 1
         part = self.tokens[self.here : end]
-        named = part and end < len(self.tokens) and self.tokens[end].text in ("=", "\\approx")
+        named = part and end < len(self.tokens) and self.tokens[end].text in ("=", "\\approx", "is", "are", "equals")
         if not named or not is_name(part):
             return None
         self.here = end
@@ -164,11 +182,11 @@ class Parser:
         return joined("union", parts)
 
     def ratio(self) -> Node:
-        parts = [self.quantity()]
-        while self.at(":"):
-            self.take()
+        parts, op = [self.quantity()], "ratio"
+        while self.at(":", "to"):
+            op = {":": op, "to": "span"}[self.take().text]
             parts.append(self.quantity())
-        return joined("ratio", parts)
+        return joined(op, parts)
 
     # ------------------------------------------------------------------------------------ numbers
     def quantity(self) -> Node:
@@ -198,13 +216,15 @@ class Parser:
             if token.text == "^" and words:
                 power = self.power_of_unit()
                 words.append(f"^{power}")
-            elif token.kind == "word" and token.text.lower() not in CHANGES:
+            elif token.kind == "word" and token.text.lower() not in CHANGES | set(NUMBERS):
                 words.append(token.text)
             elif token.text in ("%", "°", "¤", "€", "£", "¥", "¢"):
                 words.append(token.text)
             elif token.kind == "letter" and (self.last(2) == "°" or self.last(2) == "/"):
                 words.append(token.text)
-            elif token.text in ("/", "*", "-", ".", "'") and words:
+            elif token.text in ("/", "*", "-", ".", "'") and words and self.now is not None:
+                if self.now.kind == "sign" or words[-1] == "%":
+                    raise Unreadable("signs after a unit")
                 if token.text == "/":
                     words.append("per")
             elif token.text == "(" and self.only_words():
@@ -258,7 +278,7 @@ class Parser:
         if self.at("+"):
             self.take()
             return self.signed()
-        if self.at("-"):
+        if self.at("-", "minus", "negative", "Minus", "Negative"):
             self.take()
             return Node("neg", (self.signed(),))
         if self.at("\\pm", "\\mp"):
@@ -427,6 +447,10 @@ class Parser:
             self.take()
         if tens and self.now and 0 < NUMBERS.get(self.now.text.lower(), 0) < 10:
             value += NUMBERS[self.take().text.lower()]
+        if self.at("-") and self.after(1) and self.after(1).text.lower() in PARTS:
+            self.take()
+        if self.now and self.now.text.lower() in PARTS:
+            return number(Fraction(value, PARTS[self.take().text.lower()]))
         return number(value)
 
     def bracketed(self, opening: str) -> Node:
@@ -449,6 +473,8 @@ class Parser:
         if opening == "\\{" and self.at("\\}"):
             self.take()
             return Node("set")
+        if opening == "\\{" and self.after(1) and self.after(1).text in ("|", ":", "\\in"):
+            return self.built_set()
         bars, self.bars = self.bars, 0
         inside = self.items()
         closing = self.take(*CLOSING[opening]).text
@@ -461,10 +487,26 @@ class Parser:
             raise Unreadable("brackets that do not fit")
         return inside[0]
 
+    def built_set(self) -> Node:
+        """{x | x > 3} and {x in R : x > 3} are their condition."""
+        variable = self.take().text
+        if self.at("\\in"):
+            self.take()
+            if self.take().text != "R":
+                raise Unreadable("a set that is not of real numbers")
+        self.take("|", ":")
+        condition = self.listed()
+        self.take("\\}")
+        if condition.op not in ("rel", "both", "list") or Node("sym", (variable,)) not in condition.args:
+            raise Unreadable("a condition of another variable")
+        return condition
+
     def matrix(self) -> Node:
         self.take("{")
         name = self.take().text
         self.take("}")
+        if name == "cases":
+            return self.cases()
         if name not in MATRICES:
             raise Unreadable(name)
         if name == "array":
@@ -487,6 +529,19 @@ class Parser:
         if not rows or len(set(map(len, rows))) != 1 or name == "vmatrix":
             raise Unreadable("a table that is no matrix")
         return Node("matrix", tuple(rows))
+
+    def cases(self) -> Node:
+        """A system of equations, one a row."""
+        rows = self.items()
+        while self.at("\\"):
+            self.take()
+            if not self.at("\\end"):
+                rows += self.items()
+        for text in ("\\end", "{", "cases", "}"):
+            self.take(text)
+        if not all(row.op == "rel" for row in rows):
+            raise Unreadable("cases that are no equations")
+        return joined("list", rows)
 
     # ---------------------------------------------------------------------------------- functions
     def function(self, token: Token) -> Node:
@@ -576,18 +631,21 @@ def is_name(part: list[Token]) -> bool:
     [True, True, True, True, True, False, False]
     """
     texts = [token.text for token in part]
-    if part[0].kind == "number" or part[0].text in FUNCTIONS:
+    if part[0].kind == "number" or part[0].text in FUNCTIONS - {"frac", *ANGLES}:
+        return False
+    if texts[0] in ANGLES and not all(token.kind in ("letter", "name") for token in part):
         return False
     if any(sign in ("+", "-", "*", "/", "^", "!", "\\pm", "%") for sign in texts):
         return False
     letters = [token for token in part if token.kind in ("letter", "name")]
     words = any(token.kind == "word" for token in part)
     called = len(part) > 3 and texts[1] == "(" and texts[-1] == ")"
+    fraction = texts[:2] == ["frac", "{"] and part[2].kind != "number"
     pair = texts[0] == "(" and texts[-1] == ")" and "," in texts
     bars = texts[0] == texts[-1] == "|"
-    angle = texts[0] in ("\\angle", "\\overline")
+    angle = "\\angle" in texts or texts[0] == "\\overline" or texts[0] in ANGLES
     subscript = "_" in texts[:2]
-    return words or called or pair or bars or angle or subscript or len(letters) == len(part) == 1
+    return words or fraction or called or pair or bars or angle or subscript or len(letters) == len(part) == 1
 
 
 def number(value: int | Fraction) -> Node:

@@ -53,12 +53,15 @@ REPLACEMENTS = [  # (pattern, what it becomes), in this order
     (r"–", "-"),
     (r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),  # √12 is the root of 12; \sqrt12 is not clear
     (r"√", r"\\sqrt "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:[dtcs]|nice)frac(?![A-Za-z])", r"\\frac"),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"(?<=\d)\s*\^\s*(?:o(?!\w)|\{\s*o\s*\})", "°"),
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
     (r"\\(?:left|right)\s*\.", ""),
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
     (r"\\(?:boldsymbol|mathbf|bm|ensuremath|boxed|fbox|underline|mathit)\s*(?=\{)", ""),
-    (r"\\(?:bf|rm|it|color\{\w+\})(?![A-Za-z])", ""),
+    (r"\\(?:text)?color\s*\{\w+\}", ""),
+    (r"\\(?:bf|rm|it|tiny|small|large|Large|LARGE|huge|Huge|normalsize)(?![A-Za-z])", ""),
     (r"(?<!\\)\\!\s*", ""),
     (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z])|hspace\{[^{}]*\})|~", " "),
     (r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d{3}(?!\d))", ","),  # 1{,}234
@@ -70,6 +73,11 @@ REPLACEMENTS = [  # (pattern, what it becomes), in this order
     (r"(?<!\\)\$", " "),
     (r"\\%", "%"),
     (r"\*\*", "^"),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 2 x 10^3
+    (r"\b([ap])\.\s?m\b\.?", r"\1m"),
+    (r"\\text\s*\{\s*(?:in )?base\s*(\d*)\s*\}", r" base \1"),
+    (r"(?<=\d)\s*_?\s*\{?\s*\(?(?:in )?base[ -]*(\d+)\)?\}?", r"_{\1}"),
+    (r"_\{\((\d+)\)\}", r"_{\1}"),
     (r"[\u00a0\u2000-\u200a\u202f\u3000]", " "),
 ]
 TABLE = [(re.compile(pattern, re.DOTALL), new) for pattern, new in REPLACEMENTS]
@@ -84,6 +92,8 @@ def plain(text: str) -> str:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", raised, text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lowered, text)
     text = re.sub("[¼½¾⅐-⅞]", vulgar, text)
+    if text.count("$") == text.count("\\$") + 1:
+        text = text.replace("$", "\\$").replace("\\\\$", "\\$")  # no formula has one border
     text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
     for pattern, new in TABLE:
         text = pattern.sub(new, text)
@@ -120,14 +130,14 @@ SYMBOLS = set(
 )
 SAME_NAME = {
     "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<",
-    "gt": ">", "times": "*", "cdot": "*", "ast": "*", "div": "/", "colon": ":", "lbrace": "{",
+    "gt": ">", "times": "*", "cdot": "*", "ast": "*", "div": "/", "colon": ":", "lbrace": "\\{", "rbrace": "\\}",
     "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "varnothing": "emptyset", "infinity": "infty", "inf": "infty", "oo": "infty", "asin": "arcsin",
     "acos": "arccos", "atan": "arctan", "cosec": "csc", "imath": "i", "dots": "...",
     "ldots": "...", "cdots": "...", "approxeq": "approx", "simeq": "approx", "land": "and",
     "lor": "or", "wedge": "and", "vee": "or", "sim": "approx", "iff": "=", "lg": "lg",
 }
-TEXTS = set("text textbf textit textrm textsf texttt mathrm mbox operatorname mathsf".split())
+TEXTS = set("text textbf textit textrm textsf texttt mathrm mbox operatorname mathsf textnormal emph mathbb mathcal Pr".split())
 GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"  # 1,234 | 1,00,000
 SPACED = r"[1-9]\d{0,2}(?: \d{3})+(?!\d)|\d{1,3}(?:'\d{3})+(?!\d)"  # 1 000 000 | 1'000
 BLOCK = r"\\(?:overline|bar)\s*(?:\{\d+\}|\d)|\\dot\s*[\d{}]+(?:\\dot\s*[\d{}]+)?|\(\d+\)"  # 0.1(6)
@@ -135,7 +145,7 @@ ELLIPSIS = r"\s?(?:\.{3}|\\[lc]?dots(?![A-Za-z]))"  # 0.333...
 DECIMALS = rf"\.(?P<digits>\d*)(?:(?P<block>{BLOCK})|(?P<ellipsis>{ELLIPSIS}))?"
 EXPONENT = r"[eE](?P<exponent>[+-]?\d+)(?![\d.])"
 TAIL = rf"(?:{DECIMALS})?(?:{EXPONENT})?"
-NUMBER = re.compile(rf"(?P<whole>{GROUPED}|{SPACED}|\d+|(?=\.\d)){TAIL}")
+NUMBER = re.compile(rf"(?P<whole>{GROUPED}|{SPACED}|\d+|(?=\.\d|\.\\(?:overline|bar|dot))){TAIL}")
 LISTED = re.compile(rf"(?P<whole>{SPACED}|\d+|(?=\.\d)){TAIL}")  # (1,200) is a pair
 BASED = re.compile(r"\(?([0-9A-F]+)\)?\s*_\s*\{?(?:\\text)?\s*\{?(\d+|[a-z]{3,8})\}*")  # 52_8
 OTHER = re.compile(r"\\\\|\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\S", re.DOTALL)
@@ -237,6 +247,8 @@ def recurring(digits: str) -> str:
 
 def command(name: str, text: str, here: int, out: list[Token], spaced: bool) -> int:
     """Append the tokens of a LaTeX command that ends at `here`; → where the next token begins."""
+    if name in TEXTS and not re.compile(r"\s*\{").match(text, here):
+        return here  # it styles the next letter
     if name in TEXTS:
         inside, here = group(text, here)
         word = inside.strip().replace("\\", "")

@@ -82,6 +82,9 @@ ONES = (
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {name: value for value, name in enumerate(ONES)}
 NUMBERS |= {name: 10 * tens for tens, name in enumerate(TENS, 2)}
+ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth".split()
+PARTS = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}  # of one half, three quarters
+PARTS |= {name + plural: value for value, name in enumerate(ORDINALS, 3) for plural in ("", "s")}
 
 SHORT = set(  # words of two and three letters that are no product of variables
     "all and any are as at be boy box but by can car cat cow cup day dog egg far few for fly fox "
@@ -92,7 +95,7 @@ SHORT = set(  # words of two and three letters that are no product of variables
 CHANGES = set(  # after a number they make another value of it, or leave it open
     "half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths eighth "
     "eighths tenth tenths hundredth hundredths thousandth thousandths squared cubed factorial "
-    "plus minus over divided multiplied mod modulo root to than not if unless either between "
+    "plus minus divided multiplied mod modulo root to than not if unless either between "
     "or and but maybe perhaps probably possibly least most about almost nearly except without "
     "power score exponent short negative infinity point double triple twice".split()
 )
@@ -105,13 +108,14 @@ def unit_of(words: Sequence[str]) -> list[str]:
     (['$', 'day'], ['in', '^2'], [])
     """
     found: list[str] = []
-    power = ""
+    power = unit = ""
     for word in words:
-        unit = UNITS.get(word) or UNITS.get(word.lower())
+        measured = unit
+        unit = UNITS.get(word) or UNITS.get(word.lower()) or ""
         if word in ("square", "sq", "cubic", "cu"):
             power = "^2" if word.startswith("sq") else "^3"
         elif word.startswith("^"):
-            found.append(word)
+            found += [word] if measured else []
         elif unit:
             found += [unit, power] if power else [unit]
             power = ""
