@@ -118,17 +118,25 @@ def boxed_answer(text: str) -> str | None:
     goes_on = GOES_ON.match(text, found[-1].end) or BEGUN.search(text[: parts[0].start])
     if goes_on or any(not part.content.strip() for part in parts):
         return None
-    return ", ".join(part.content.strip() for part in parts)
+    answers = [part.content.strip() for part in parts]
+    choice = CHOICE.match(text, found[-1].end)
+    if choice:
+        answers.append(clause(text[choice.end() :]) or "?")
+    return ", ".join(answers)
 
 
-GOES_ON = re.compile(r"\s?(?:\^|/\s*[\d\\]|\\(?:sqrt|frac|pi|times|cdot|pm)(?![a-z])|[-+*]\s?[\d\\])")
-BEGUN = re.compile(r"(?:[$=(\d]\s*[-+]|[\d)}]\s*(?:\\cdot|\\times|\*|/)|(?<=[$= ])\d|\^)\{?\Z")
+AFTER = r"\s?(?:\^|/\s*[\d\\]|\\(?:sqrt|frac|pi|times|cdot|pm)(?![a-z])|[-+*]\s?[\d\\])|[A-Za-z](?![A-Za-z])"
+GOES_ON = re.compile(AFTER)
+WITHIN = r"\\[dt]?(?:frac|sqrt)\s*\{|\}\{|\^\{?|(?<=[$= ])\d\{?"  # the box is a part of a term
+BEFORE = r"[$=(\d]\s*[-+]|[\d)}]\s*(?:\\cdot|\\times|\*|/)\{?|[\w)}]\s*(?:[<>≤≥≠]|\\(?:l|g|n)eq?(?:slant)?)\s*"
+BEGUN = re.compile(rf"(?:{WITHIN}|{BEFORE})\Z")
+CHOICE = re.compile(r"(?:\s|[$*]|\\[)\]])*\bor\b(?=\s*(?:[\d$\\-]))")
 
 
 # --------------------------------------------------------------------------------------------------
 # marked answers
 # --------------------------------------------------------------------------------------------------
-BOLD = r"(?:\*\*|__|\\text(?:bf)?\{)?"
+BOLD = r"(?:[*_]{1,3})?"
 TO_WHAT = r"(?:\s+(?:to|for|of)\s+(?:the|this|your|our)\s+(?:\w+\s+)?(?:problem|question|exercise))?"
 IS = r"(?:is|was|equals|would be|will be|must be|should be|comes out to|comes to)"
 MARK = re.compile(
@@ -165,7 +173,8 @@ SENTENCE = re.compile(r"(?i)(?:(?:the|there|our|its|his|her|each)\s[^.?\n]{0,150
 FORMULA = re.compile(r"\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]*[^$\n\\])\$(?!\d)", re.DOTALL)
 END = re.compile(r"(?<!\\)[.!](?=[\s*_\"”)]*(?:\s|$))|\n|\\n(?![a-z])|—|<\|")
 HEDGE = re.compile(r"(?i)\b(?:no|wait|maybe|perhaps|or|but|sorry|unsure|probably|possibly|might|could|not sure|either|"
-                   r"otherwise|unless|depending|respectively|if)\b|\?|\band\s+\$?-?[\d\0]")
+                   r"otherwise|unless|depending|respectively|if)\b|\?|\band\s+\$?-?[\d\0]|"
+                   r"\b(?:for|when)\b.*[,;]\s*\$?-?[\d\0].*\b(?:for|when)\b")
 NEXT_CLAUSE = re.compile(
     r"\s-\s(?!(?:log|ln|sin|cos|tan|sqrt|pi)\b)(?=[A-Za-z]{2})|[,;]\s+(?!(?:and|or)\b|sqrt|pi\b)(?=[A-Za-z]{2})|\s\((?!mod)(?=[A-Za-z]{3,}\s+\S*[\d=$])|[,;]?\s+(?:because|since|as|where|which|for|"
     r"when|so|after|making|giving|assuming|given|using|by)\b|\s+(?:and|but)\s+(?:the|it|he|she|they|we|this|that|so)\b"
@@ -195,7 +204,7 @@ def clause(rest: str) -> str:
     text = text[SENTENCE.match(text).end() :]
     end = END.search(text)
     sentence = text[: end.start()] if end else text
-    if end and text.startswith("..", end.start()):
+    if end and re.match(r"\.\.|—\s*\d", text[end.start() :]):
         return ""
     cut = NEXT_CLAUSE.search(sentence)
     first, remainder = sentence, ""

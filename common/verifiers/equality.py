@@ -99,11 +99,13 @@ def alike(gold: Node, answer: Node) -> bool:
     named = assigned(gold), assigned(answer)
     if None not in named:
         return same_assignments(*named)
-    if (named[0] or named[1]) and "list" == gold.op == answer.op:
-        gold, answer = bare(gold, named[0]), bare(answer, named[1])
-        return same_order(list(gold.args), list(answer.args))
-    if len(named[0] or named[1] or "") > 1 and "set" in (gold.op, answer.op):
-        return False
+    names = named[0] or named[1]
+    if names and not numbered(names):
+        if "set" in (gold.op, answer.op):
+            return False
+        if gold.op == answer.op:
+            gold, answer = bare(gold, named[0]), bare(answer, named[1])
+            return same_order(list(gold.args), list(answer.args))
     ordered = in_order(gold, named[0]), in_order(answer, named[1])
     if None not in ordered:
         return same_order(*ordered)
@@ -279,6 +281,11 @@ def plain_member(node: Node) -> Node:
     return node
 
 
+def numbered(named: dict[str, Node]) -> bool:
+    """Whether the names are those of one variable, x_1 and x_2, so that the order is open."""
+    return len({name.partition("_")[0] for name in named}) == 1
+
+
 def bare(node: Node, named: dict[str, Node] | None) -> Node:
     """The list of values of x = 1, y = 2."""
     return Node("list", tuple(named.values())) if named else node
@@ -287,7 +294,7 @@ def bare(node: Node, named: dict[str, Node] | None) -> Node:
 def same_members(gold: list[Node], answer: list[Node]) -> bool:
     """Whether each value of one set is in the other."""
     if max(len(gold), len(answer)) > MAX_MEMBERS or not gold or not answer:
-        return False
+        return gold == answer
     there = all(any(alike(a, b) for b in answer) for a in gold)
     return there and all(any(alike(a, b) for a in gold) for b in answer)
 
@@ -506,6 +513,8 @@ def intersection(parts: list) -> tuple[str, list[Interval]] | None:
 def inequality(node: Node) -> tuple[str, list[Interval]] | None:
     """x > 3, 1 < x <= 2, x != 3, x in (1, 2)."""
     joins, *members = node.args
+    if len(members) == 2 and members[0].op == "fn" and members[0].args[0] == "abs":
+        return around(joins[0], members[0].args[1], members[1])
     variables = [i for i, member in enumerate(members) if member.op == "sym"]
     if joins == ("in",) and variables and variables[0] == 0:
         inside = region(members[1])
@@ -534,6 +543,17 @@ def inequality(node: Node) -> tuple[str, list[Interval]] | None:
     if len(sides) != len(joins):
         return None
     return name, [Interval(low, high, tuple(closed))]
+
+
+def around(sign: str, inside: Node, bound: Node) -> tuple[str, list[Interval]] | None:
+    """|x| < 3 is -3 < x < 3, and |x| > 3 is x < -3 or x > 3."""
+    if inside.op != "sym" or sign not in ("<", "<=", ">", ">=") or symbols(bound):
+        return None
+    closed, minus = sign.endswith("="), Node("neg", (bound,))
+    if sign.startswith("<"):
+        return inside.args[0], [Interval(minus, bound, (closed, closed))]
+    return inside.args[0], [Interval(BELOW, minus, (False, closed)),
+                            Interval(bound, INFINITY, (closed, False))]
 
 
 def same_regions(gold: tuple[str, list[Interval]], answer: tuple[str, list[Interval]]) -> bool:

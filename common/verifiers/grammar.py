@@ -54,6 +54,8 @@ def read(text: str) -> Node:
     found = tokens(text)
     if not found:
         raise Unreadable("nothing is there")
+    if len(found) > 1 and found[-1].text == "." != found[-2].text:
+        found.pop()
     words = as_words(found)
     if words:
         return words
@@ -66,8 +68,6 @@ def read(text: str) -> Node:
 
 def as_words(found: list[Token]) -> Node | None:
     """A text of words alone; a number that is written in words is none."""
-    while len(found) > 1 and found[-1].text == ".":
-        found.pop()
     kinds = {token.kind for token in found}
     words = tuple(token.text.lower() for token in found)
     if "word" not in kinds or not kinds <= {"word", "letter"}:
@@ -635,7 +635,7 @@ def is_name(part: list[Token]) -> bool:
         return False
     if texts[0] in ANGLES and not all(token.kind in ("letter", "name") for token in part):
         return False
-    if any(sign in ("+", "-", "*", "/", "^", "!", "\\pm", "%") for sign in texts):
+    if any(sign in ("+", "-", "*", "/", "^", "!", "\\pm", "%", "\\begin") for sign in texts):
         return False
     letters = [token for token in part if token.kind in ("letter", "name")]
     words = any(token.kind == "word" for token in part)
