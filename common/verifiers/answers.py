@@ -150,15 +150,19 @@ NO_MARK = re.compile(r"(?i)\b(?:wrong|incorrect|first|initial|previous|earlier|o
 REMARK = re.compile(r"(?i)[\s*_]*(?:also |indeed |now |thus )?(?:correct|right|reasonable|plausible|helpful|verified|confirmed|"
                     r"consistent|valid|clear|complete|checked|above|below|boxed|found|in (?:the )?(?:dollars|units))\b")
 
+HEADING = re.compile(r"[ \t]*[A-Za-z]{2}.*\n\s*\S")  # #### Step 5, and its text
+
 
 def marked_answer(text: str) -> str | None:
     """What follows the last mark that anything follows.
 
-    >>> marked_answer("The answer is 5.\\n\\nFinal answer:\\n\\n$6$"), marked_answer("#### Step 5: add")
+    >>> marked_answer("The answer is 5.\\n\\nFinal answer:\\n\\n$6$"), marked_answer("#### Step 5\\n3 + 4")
     ('6', None)
     """
     for mark in reversed(list(MARK.finditer(text))):
         before, rest = text[max(0, mark.start() - 40) : mark.start()], text[mark.end() :]
+        if mark["hashes"] and HEADING.match(rest):
+            continue
         if NO_MARK.search(before) or REMARK.match(rest) or not rest.strip(" \n\t*_:.$"):
             continue
         return clause(rest) or None
@@ -186,7 +190,7 @@ SUM = re.compile(r"^[\d\s.,+*/×÷()$-]+=(?=\s*\$?-?\d)")  # 4+24= before 28
 def clause(rest: str) -> str:
     """The expression that stands at the beginning of a text, up to its end: "" if it is in doubt.
 
-    >>> [clause(x) for x in (" **28**, which", " 5, 6 or 7.", " 28, or so", ": 4√2\\nSo", " 5?")]
+    >>> [clause(x) for x in (" **28**, which", " 5, 6 or 7.", " 28, or 29?", ": 4√2\\nSo", " 5?")]
     ['28', '5, 6 or 7', '', '4√2', '']
     """
     formulas: list[str] = []

@@ -341,3 +341,45 @@ def signed(node: Node, sign: int) -> Node:
         return Node(node.op, args)
     minus = (sign < 0) == (node.op == "pm")
     return Node("neg", args) if minus else args[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# rounded golds
+# --------------------------------------------------------------------------------------------------
+def rounded(gold: Node, answer: Node) -> bool:
+    """A gold of three decimals or more may be rounded: an answer that no decimal can write, such as
+    1/3 or a root, is right if it rounds to the gold. A decimal answer must be the gold exactly.
+
+    >>> from common.verifiers.grammar import read
+    >>> [rounded(read("0.333"), read(x)) for x in ("1/3", "0.3333", "1/4")]
+    [True, False, False]
+    """
+    sign = 1
+    if gold.op == "neg":
+        sign, [gold] = -1, gold.args
+    if gold.op != "num" or gold.args[1] < 3 or symbols(answer) - {*CONSTANTS}:
+        return False
+    value, places = sign * gold.args[0], gold.args[1]
+    rational = exact(answer)
+    if rational is not None:
+        near = abs(rational - value) * 2 * 10**places <= 1
+        return near and not is_decimal(rational)
+    try:
+        [found], _ = evaluate([answer], {}, allow_complex=False)
+    except (NoValue, ValueError, OverflowError):
+        return False
+    distance = abs(found * value.denominator - value.numerator) / value.denominator
+    return distance * 2 * 10**places <= 1
+
+
+def is_decimal(value: Fraction) -> bool:
+    """Whether a number of finitely many decimals is equal to it.
+
+    >>> is_decimal(Fraction(1, 40)), is_decimal(Fraction(1, 3))
+    (True, False)
+    """
+    under = value.denominator
+    for prime in (2, 5):
+        while under % prime == 0:
+            under //= prime
+    return under == 1
