@@ -3,8 +3,11 @@
 Each table has rows (gold, answers that are right, answers that are wrong), by kind.
 """
 import time
+from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.verifiers.answers import final_answer, last_boxed
 from common.verifiers.equality import compare, reading, same
@@ -280,3 +283,80 @@ TAKEN = {
 @pytest.mark.parametrize("law", TAKEN)
 def test_taken(law):
     assert wrong_verdicts(TAKEN[law], judged) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# numbers in every written form: the same value is right, another one is wrong
+# --------------------------------------------------------------------------------------------------
+def decimal(value: Fraction) -> str:
+    """The decimal of a number that has finitely many, digit by digit."""
+    digits, rest = str(abs(value) // 1), abs(value) % 1
+    if rest:
+        digits += "."
+    while rest:
+        rest *= 10
+        digits += str(rest // 1)
+        rest %= 1
+    return "-" * (value < 0) + digits
+
+
+def recurring(value: Fraction) -> tuple[str, str]:
+    """The decimal of any number: the digits that stand once, and the block that recurs."""
+    digits, rest, seen = "", abs(value) % 1, {}
+    while rest not in seen:
+        seen[rest] = len(digits)
+        rest *= 10
+        digits += str(rest // 1)
+        rest %= 1
+    start = seen[rest]
+    return f"{'-' * (value < 0)}{abs(value) // 1}.{digits[:start]}", digits[start:]
+
+
+def fraction_forms(value: Fraction) -> list[str]:
+    over, under, minus = abs(value.numerator), value.denominator, "-" * (value < 0)
+    whole, rest = divmod(over, under)
+    once, block = recurring(value)
+    forms = [f"{minus}{over}/{under}", f"{minus}\\frac{{{over}}}{{{under}}}", f"\\frac{{{minus}{over}}}{{{under}}}",
+             f"{minus}\\dfrac{{{3 * over}}}{{{3 * under}}}", f"\\boxed{{{minus}{over}/{under}}}", f"{minus}{over} / {under}",
+             f"y = {minus}\\tfrac{{{over}}}{{{under}}}", f"$ {minus}{over}/{under} $", f"{minus}({over} \\div {under})",
+             f"{minus}{over} \\cdot {under}^{{-1}}", f"−{over}/{under}" if minus else f"+{over}/{under}"]
+    if whole and rest:
+        forms += [f"{minus}{whole} {rest}/{under}", f"{minus}{whole}\\frac{{{rest}}}{{{under}}}"]
+    if len(block) < 20:
+        forms += [f"{once}\\overline{{{block}}}", f"{once}({block})", f"{once}{block}{block}{block}..."]
+    return forms
+
+
+def decimal_forms(value: Fraction) -> list[str]:
+    text = decimal(value)
+    whole, point, rest = text.partition(".")
+    scaled = decimal(value / 1000)
+    forms = [text, f"{int(whole):,}{point}{rest}" if whole not in ("-0", "0") else text, f"{scaled}e3", f"{scaled} \\times 10^{{3}}",
+             f"{scaled}×10³", f"{decimal(value * 100)}e-2", f"{text} \\text{{ apples}}", f"\\text{{{text} apples}}", f"\\mathbf{{{text}}}",
+             text.translate(str.maketrans("0123456789", "０１２３４５６７８９")), text.replace("-", "−"), text.replace("-", "– "), f"y={text}",
+             f"{text} \\text{{ cm}}^2", f"\\${text}".replace("$-", "$ -") if value >= 0 else text, text + ("0" if point else ".0")]
+    if value.denominator == 1 and abs(value) >= 1000:
+        grouped = f"{int(value):,}"
+        forms += [grouped.replace(",", "{,}"), grouped.replace(",", " "), grouped.replace(",", "\\,"), grouped.replace(",", "\u202f"), grouped.replace(",", ",\\!")]
+    return forms
+
+
+whole_numbers = st.integers(-(10**7), 10**7).map(Fraction)
+decimals = st.builds(lambda n, k: Fraction(n, 10**k), st.integers(-(10**6), 10**6), st.integers(1, 5))
+fractions = st.builds(Fraction, st.integers(-300, 300), st.integers(2, 99))
+
+
+@given(value=whole_numbers | decimals | fractions, other=whole_numbers | decimals | fractions, which=st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_a_number_is_its_value_in_every_form(value, other, which):
+    def forms(number: Fraction) -> list[str]:
+        finite = 10**9 * number % 1 == 0
+        return fraction_forms(number) + (decimal_forms(number) if finite else [])
+
+    own = forms(value)
+    gold = own[which % len(own)]
+    for text in (own[which // 31 % len(own)], own[which // 997 % len(own)]):
+        assert same(gold, text), (gold, text)
+    for number in {other, value + Fraction(1, 10**9), -value, 10 * value, value + 1} - {value}:
+        text = forms(number)[which % len(forms(number))]
+        assert not same(gold, text), (gold, text)

@@ -69,6 +69,7 @@ def written(text: str) -> str:
     """
     bare = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r"\1", plain(text))
     bare = re.sub(r"(?<!\.)\.\s*$", "", bare)
+    bare = re.sub(r"\{\s*(\w)\s*\}", r"\1 ", bare)
     return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", bare)
 
 
@@ -266,7 +267,8 @@ def same_names(gold: Node, answer: Node, named: tuple) -> bool:
     for node, names in zip((gold, answer), named):
         if node.op == "set":
             return False
-        values.append(list(names.values()) if names else list(node.args))
+        found = names.values() if names else node.args
+        values.append(list(found))
     return same_order(*values)
 
 

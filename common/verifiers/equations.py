@@ -153,5 +153,6 @@ def insert(node: Node, point: dict) -> Node:
         return number(point[node.args[0]])
     args = []
     for arg in node.args:
-        args.append(insert(arg, point) if isinstance(arg, Node) else arg)
+        new = insert(arg, point) if isinstance(arg, Node) else arg
+        args.append(new)
     return Node(node.op, tuple(args))

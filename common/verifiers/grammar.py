@@ -20,6 +20,7 @@ from common.verifiers.notation import FUNCTIONS, NUMBERS, Token, Unreadable, tok
 from common.verifiers.units import CHANGES, MULTIPLES, PARTS, UNITS, unit_of
 
 MAX_DEPTH = 40  # of brackets
+MAX_CHAIN = 9  # members of a = b = …
 
 
 class Node(NamedTuple):
@@ -157,6 +158,8 @@ class Parser:
             members.append(self.union())
         if not signs:
             return first
+        if len(members) > MAX_CHAIN:
+            raise Unreadable("too many equations")
         return Node("rel", (tuple(signs), *members))
 
     def name(self) -> Node | None:
@@ -218,7 +221,7 @@ class Parser:
                 words.append(f"^{power}")
             elif token.kind == "word" and token.text.lower() not in CHANGES | set(NUMBERS):
                 words.append(token.text)
-            elif token.text in ("%", "°", "¤", "€", "£", "¥", "¢"):
+            elif token.text in ("%", "°", "¤", "€", "£", "¥", "¢") and token.text not in words:
                 words.append(token.text)
             elif token.kind == "letter" and (self.last(2) == "°" or self.last(2) == "/"):
                 words.append(token.text)

@@ -25,7 +25,7 @@ class Token(NamedTuple):
     text: str
     spaced: bool = False  # a space stands before it
     value: Fraction | None = None  # of a number
-    places: int = 0  # of a number: digits after the point
+    places: int = 0  # of a decimal that ends: digits after the point
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,14 +140,17 @@ SAME_NAME = {
 TEXTS = set("text textbf textit textrm textsf texttt mathrm mbox operatorname mathsf textnormal emph mathbb mathcal Pr".split())
 GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"  # 1,234 | 1,00,000
 SPACED = r"[1-9]\d{0,2}(?: \d{3})+(?!\d)|\d{1,3}(?:'\d{3})+(?!\d)"  # 1 000 000 | 1'000
-BLOCK = r"\\(?:overline|bar)\s*(?:\{\d+\}|\d)|\\dot\s*[\d{}]+(?:\\dot\s*[\d{}]+)?|\(\d+\)"  # 0.1(6)
+BARRED = r"\\(?:overline|bar)\s*(?:\{\d+\}|\d)"  # 0.1\overline{6}
+DOTTED = r"\\dot\s*[\d{}]+(?:\\dot\s*[\d{}]+)?"  # 0.\dot{1}4285\dot{7}
+BLOCK = rf"{BARRED}|{DOTTED}|\(\d+\)"  # 0.1(6)
 ELLIPSIS = r"\s?(?:\.{3}|\\[lc]?dots(?![A-Za-z]))"  # 0.333...
 DECIMALS = rf"\.(?P<digits>\d*)(?:(?P<block>{BLOCK})|(?P<ellipsis>{ELLIPSIS}))?"
 EXPONENT = r"[eE](?P<exponent>[+-]?\d+)(?![\d.])"
 TAIL = rf"(?:{DECIMALS})?(?:{EXPONENT})?"
 NUMBER = re.compile(rf"(?P<whole>{GROUPED}|{SPACED}|\d+|(?=\.\d|\.\\(?:overline|bar|dot))){TAIL}")
 LISTED = re.compile(rf"(?P<whole>{SPACED}|\d+|(?=\.\d)){TAIL}")  # (1,200) is a pair
-BASED = re.compile(r"\(?([0-9A-F]+)\)?\s*_\s*\{?(?:\\text)?\s*\{?(\d+|[a-z]{3,8})\}*")  # 52_8
+NAMED_BASE = r"\{?(?:\\text)?\s*\{?(\d+|[a-z]{3,8})\}*"
+BASED = re.compile(rf"\(?([0-9A-F]+)\)?\s*_\s*{NAMED_BASE}")  # 52_8
 OTHER = re.compile(r"\\\\|\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\S", re.DOTALL)
 
 
@@ -164,35 +167,31 @@ def tokens(text: str) -> list[Token]:
 
 def scan(text: str, out: list[Token], upright: bool) -> None:
     """Append the tokens of `text`. upright: it stands in \\text{}, so letters are words."""
-    here, depth = 0, 0
+    here = depth = 0
     while here < len(text):
         start = here + len(text[here:]) - len(text[here:].lstrip())
         spaced, here = start > here, start
-        if here == len(text):
-            return
         if len(out) > MAX_TOKENS:
             raise Unreadable("too long")
+        listed = depth > 0 and ", " not in text
         based = BASED.match(text, here)
-        if based and (base := base_of(based)):
-            out.append(Token("based", f"{based[1]}_{base}", spaced))
+        number = (LISTED if listed else NUMBER).match(text, here)
+        match = OTHER.match(text, here)
+        if match is None:
+            return
+        found, end = match[0], match.end()
+        if based and base_of(based):
+            out.append(Token("based", f"{based[1]}_{base_of(based)}", spaced))
             here = based.end()
-            continue
-        pattern = LISTED if depth > 0 and ", " not in text else NUMBER
-        number = pattern.match(text, here)
-        if number:
+        elif number:
             out.append(as_number(number, spaced))
             here = number.end()
-            continue
-        match = OTHER.match(text, here)
-        here = match.end()
-        found = match[0]
-        depth += (found in ("(", "[", "\\{")) - (found in (")", "]", "\\}"))
-        if found[0] == "\\":
-            here = command(found[1:], text, here, out, spaced)
-        elif found[0].isalpha():
-            letters(found, out, spaced, upright, text[here:])
+        elif found[0] == "\\":
+            here = command(found[1:], text, end, out, spaced)
         else:
-            out.append(Token("sign", found, spaced))
+            letters(found, out, spaced, upright, text[end:])
+            here = end
+        depth += (found in ("(", "[", "\\{")) - (found in (")", "]", "\\}"))
 
 
 def base_of(match: re.Match) -> int:
@@ -230,7 +229,8 @@ def as_number(match: re.Match, spaced: bool) -> Token:
     if len(exponent) > 6 or abs(int(exponent)) > MAX_EXPONENT:
         raise Unreadable("an exponent that is too large")
     value *= Fraction(10) ** int(exponent)
-    return Token("number", match[0], spaced, value, len(digits))
+    places = 0 if block else len(digits)
+    return Token("number", match[0], spaced, value, places)
 
 
 def recurring(digits: str) -> str:
@@ -263,13 +263,11 @@ def command(name: str, text: str, here: int, out: list[Token], spaced: bool) -> 
     kind = "sign"
     if name in FUNCTIONS or name in SYMBOLS:
         kind = "name"
-    elif len(name) == 1 and name.isalpha():
-        kind = "letter"
-    elif name in ("and", "or"):
+    if name in ("and", "or"):
         kind = "word"
-    elif name.isalpha():
-        name = f"\\{name}"
-    elif name in ("{", "}"):
+    if len(name) == 1 and name.isalpha():
+        kind = "letter"
+    if kind == "sign" and (name.isalpha() or name in ("{", "}")):
         name = f"\\{name}"
     out.append(Token(kind, name, spaced))
     return here
@@ -292,32 +290,46 @@ def group(text: str, here: int) -> tuple[str, int]:
     raise Unreadable("braces that do not close")
 
 
+JOINING = ("and", "or", "to", "is", "are", "equals")
 GLUED = re.compile(r"(sin|cos|tan|ln|pi)([a-z])")  # sinx, pir
 AT_END = re.compile(r"\s*(?:$|[,;.)}/^]|per\b|\\)")  # what may follow a unit
 
 
 def letters(run: str, out: list[Token], spaced: bool, upright: bool, rest: str) -> None:
-    """Append a run of letters as a word, a name or a product of variables."""
+    """Append a sign, or a run of letters as a word, a name or a product of variables."""
+    if not run[0].isalpha():
+        out.append(Token("sign", run, spaced))
+        return
     before = out[-1] if out else Token("sign", "")
-    counted = before.kind in ("number", "word", "based") or before.text in ("/", "°", "¤")
-    glued = GLUED.fullmatch(run)
+    counted = before.kind in ("number", "word", "based") and before.text not in JOINING
+    counted = counted or before.text in ("/", "°", "¤")
     counted = counted or (upright and before.text in ("}", ")"))
-    if run in UNITS and counted and len(run) > 1:
-        out.append(Token("word", run, spaced))
-    elif len(run) == 1:
-        unit = run in LETTERS and counted and (spaced or upright) and AT_END.match(rest)
-        out.append(Token("word" if unit else "letter", run, spaced))
-    elif run in FUNCTIONS or run in SYMBOLS:
-        out.append(Token("name", run, spaced))
-    elif run in SAME_NAME and SAME_NAME[run] in FUNCTIONS | SYMBOLS:
-        out.append(Token("name", SAME_NAME[run], spaced))
-    elif glued and run not in SHORT and not (counted and spaced):
+    kind = kind_of(run, counted, spaced, upright, rest)
+    if kind != "product":
+        out.append(Token(kind, SAME_NAME.get(run, run), spaced))
+        return
+    glued = GLUED.fullmatch(run)
+    if glued:
         out += [Token("name", glued[1], spaced), Token("letter", glued[2])]
-    elif upright or is_word(run):
-        out.append(Token("word", run, spaced))
-    else:
-        for i, letter in enumerate(run):
-            out.append(Token("letter", letter, spaced and i == 0))
+        return
+    for i, letter in enumerate(run):
+        out.append(Token("letter", letter, spaced and i == 0))
+
+
+def kind_of(run: str, counted: bool, spaced: bool, upright: bool, rest: str) -> str:
+    """What a run of letters is: "word" | "letter" | "name" | "product". counted: it follows a
+    number, so a unit may stand here; rest: the text behind it."""
+    name = SAME_NAME.get(run, run)
+    if len(run) == 1:
+        unit = run in LETTERS and counted and (spaced or upright) and AT_END.match(rest)
+        return "word" if unit else "letter"
+    if run in UNITS and counted:
+        return "word"
+    if name in FUNCTIONS or name in SYMBOLS:
+        return "name"
+    if GLUED.fullmatch(run) and run not in SHORT and not (counted and spaced):
+        return "product"
+    return "word" if upright or is_word(run) else "product"
 
 
 def is_word(run: str) -> bool:
@@ -326,5 +338,5 @@ def is_word(run: str) -> bool:
     >>> [is_word(run) for run in ("apples", "xy", "abc", "AB", "Amy", "men", "no")]
     [True, False, False, True, True, True, True]
     """
-    known = run in SHORT or run in UNITS or run in NUMBERS or run in MULTIPLES
+    known = any(run in table for table in (SHORT, UNITS, NUMBERS, MULTIPLES))
     return len(run) >= 4 or known or run != run.lower()

@@ -13,7 +13,8 @@ import mpmath
 
 from common.verifiers.grammar import Node
 
-MAX_BITS = 20_000
+MAX_BITS = 20_000  # of a rational number
+MAX_RANGE = 6_000  # |log2| of a number that is computed
 DOUBT = 256  # bits that two numbers must share, beyond the range of all that went into them
 
 
@@ -156,7 +157,7 @@ class Evaluation:
             raise NoValue("it is not finite")
         if size:
             self.range = max(self.range, abs(mpmath.mag(size)))
-        if self.range > MAX_BITS:
+        if self.range > MAX_RANGE:
             raise NoValue("it is too large")
         return value
 
@@ -203,7 +204,7 @@ class Evaluation:
             if isinstance(power, mpmath.mpc) or power <= 0:
                 raise NoValue("a power of 0")
             return base
-        if isinstance(power, mpmath.mpf) and abs(power) * abs(mpmath.mag(base)) > MAX_BITS:
+        if isinstance(power, mpmath.mpf) and abs(power) * abs(mpmath.mag(base)) > MAX_RANGE:
             raise NoValue("it is too large")
         negative = isinstance(base, mpmath.mpf) and base < 0 and not self.complex
         if negative and isinstance(power, mpmath.mpf) and not mpmath.isint(power):
@@ -219,7 +220,7 @@ class Evaluation:
         if name not in FUNCTIONS:
             raise NoValue(name)
         if name in ("exp", "sinh", "cosh", "binom", "floor", "ceil", "max", "min"):
-            small = all(isinstance(value, mpmath.mpf) and abs(value) < MAX_BITS for value in values)
+            small = all(isinstance(value, mpmath.mpf) and abs(value) < MAX_RANGE for value in values)
             if not small:
                 raise NoValue("it is too large")
         if name in ("ln", "log", "lg") and not values[0]:
