@@ -9,8 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.verifiers.answers import final_answer, last_boxed
+from common.tasks import maths
+from common.tasks.kinds import as_problem
+from common.verifiers import BadProblem
+from common.verifiers.answers import boxes, last_boxed
 from common.verifiers.equality import compare, reading, same
+from common.verifiers.golds import normal_gold
+from common.verifiers.thoughts import THOUGHTS, final_part
 
 
 def wrong_verdicts(rows: list, judge) -> list[str]:
@@ -33,15 +38,14 @@ SAME = {
     "numbers are compared by value in every written form": [
         ("5", ["5", "5.", "5.0", "05", "+5", "$5$", r"\(5\)", "５", r"\text{5}", r"\mathbf{5}", "10/2", "five", r"{5}",
                r"\boxed{5}", "(5)", r"\frac{10}{2}", "2+3", r"\sqrt{25}", "5e0", "|-5|", r"\left(5\right)"],
-         ["-5", "55", "5.01", "5.0001", "0.5", "5^2", "", "5?", "5!", "5x", "5i", "\\pm 5", "1/5", "5,", "6", "5-", "4.999999999",
-          "5.00000001", r"\overline{5}", "5_8", "x", "5 \\text{ or } 6", "~5~6"][:8] + ["5!", "5x", "5i", r"\pm 5", "1/5", "6", "4.999999999",
-                                                                     "5.00000001", "5_8", "x", r"5 \text{ or } 6"]),
+         ["-5", "55", "5.01", "5.0001", "0.5", "5^2", "", "5?", "5!", "5x", "5i", "\\pm 5", "1/5", "6", "4.999999999",
+          "5.00000001", r"\overline{5}", "5_8", "x", r"5 \text{ or } 6"]),
         ("1000000", ["1,000,000", "1 000 000", r"1{,}000{,}000", r"1\,000\,000", r"1,\!000,\!000", "1000000.00", "10^6",
                      "1e6", "1 million", "one million", r"1 \times 10^6", "1\u2009000\u2009000", "1\u00a0000\u00a0000",
                      "1'000'000", "10^{6}", "10**6", r"\$1{,}000{,}000"], ["1,000", "100,000,0", "1.000000", "10^5", "1 billion", "1,0"]),
         ("0.5", [".5", "1/2", r"\frac12", "0.50", "½", r"\dfrac{1}{2}", "50%", r"50\%", "2^{-1}", "5e-1", r"\tfrac12", "0.5000"],
          ["5", "0.05", "-0.5", "0.5%", "2", "0.51", "0.500001", ".05", "50"]),
-        ("-18", ["−18", "–18", "﹣18", "－18", "- 18", "− 18", "-18.0", "‑18", "⁻18", r"\minus 18"][:8], ["18", "+18", "--18", "1-8", "—"]),
+        ("-18", ["−18", "–18", "﹣18", "－18", "- 18", "− 18", "-18.0", "‑18"], ["18", "+18", "--18", "1-8", "—"]),
         ("1234.5", ["1,234.5", "1234.50", r"1{,}234.5", "1 234.5", r"\frac{2469}{2}"], ["1,2345", "12345", "1.2345", "1234"]),
         ("2.75e11", [r"2.75 \times 10^{11}", r"2.75\cdot 10^{11}", "275000000000", "2.75E11", "2.75e+11", "275,000,000,000",
                      r"27.5 \times 10^{10}", "2.75×10¹¹", "2.75*10^11", "275 billion", r"2.75 \times 10^{11} \text{ m}"],
@@ -128,7 +132,7 @@ SAME = {
         ("0.28", ["28%", "0.28"], ["28", "0.28%"]),
         (r"30^\circ", ["30", "30°", "30 degrees", r"30^{\circ}", r"30\text{ degrees}", r"\frac{\pi}{6}", r"30\degree"], ["60", r"\frac{\pi}{3}", r"30\pi", "150"]),
         (r"\frac{\pi}{6}", [r"30^\circ", "π/6", "pi/6", r"\frac16\pi"], ["30", r"60^\circ", r"\frac{\pi}{3}"]),
-        (r"\$18", ["18", r"\$18", "$18", "18 dollars", "18 USD", "$18.00", "18 dollars per day", r"\$ 18", "US$18"][:7], ["€18", "18 cents", "1.8", r"\$180", r"-\$18"]),
+        (r"\$18", ["18", r"\$18", "$18", "18 dollars", "18 USD", "$18.00", "18 dollars per day"], ["€18", "18 cents", "1.8", r"\$180", r"-\$18"]),
         ("18", [r"\$18", "18 dollars per day", "€18", r"18\text{ dollars}", "18 km/h", "18 mph"], [r"-\$18", r"\$-18", "18 million", r"\$1.8"]),
         (r"15\mbox{ cm}^2", ["15", r"15\text{ cm}^2", "15 cm²", "15 square centimeters", "15 cm^2", r"15\,\mathrm{cm}^2", "15 sq cm"],
          [r"15\text{ in}^2", "15 cm", "15 in²", r"15\text{ m}^2", "15 cm³", "225"]),
@@ -145,7 +149,7 @@ SAME = {
     "ratios, times, bases and labels": [
         ("3:4", ["3:4", "3 : 4", r"3\colon 4", r"\frac34", "3/4"], ["4:3", "3:5", "3", "34", "3.4", "3,4", "6:9"]),
         ("3:30", ["3:30", "03:30", "3:30 pm", r"3:30\text{ PM}"], ["3:31", "3.30", "330", "1:10", "3", "1/10"]),
-        ("3:30 pm", ["3:30", "3:30 PM", "3:30 p.m."][:2], ["3:30 am", "4:30 pm"]),
+        ("3:30 pm", ["3:30", "3:30 PM", "3:30 p.m."], ["3:30 am", "4:30 pm"]),
         ("1:2:3", ["1 : 2 : 3"], ["1:2", "3:2:1", "1/6"]),
         ("52_8", ["52_8", "52_{8}", r"52_{\text{eight}}", r"(52)_8", "52"], ["52_9", "42", "52_{10}", "25_8", "42_{10}", "53_8"]),
         ("4210_{5}", ["4210_5", "4210"], ["4210_6", "555", "421_5"]),
@@ -173,10 +177,10 @@ SAME = {
         ("5", ["x=5", "x = 5", r"n = 5", r"f(2)=5", r"\text{Area} = 5", "Area = 5", "2+3=5", r"x=\frac{10}{2}=5", r"|AB| = 5", "x_1=5", r"a_5 = 5", r"P = 5\%"],
          ["x>5", "x=6", "2x=5", "x+y=5", "x^2=5", "5=6", "x=5, y=6", r"x \ne 5", "x=5 or x=6", "4=5", "x=5=6", "x = 2+2 = 5"]),
         ("x=5", ["5", "x=5", "5=x", "x-5=0", r"x = \frac{10}{2}"], ["y=5", "x=6", "x>5", "-5", "x=5 or x=6", "5x", "x"]),
-        ("y = 2x + 3", ["y=2x+3", "2x+3", "y=3+2x", "y-2x=3", "2x-y+3=0", "f(x) = 2x+3"][:5], ["y=2x-3", "x=2y+3", "2x-3", "y=3x+2", "y>2x+3"]),
+        ("y = 2x + 3", ["y=2x+3", "2x+3", "y=3+2x", "y-2x=3", "2x-y+3=0"], ["y=2x-3", "x=2y+3", "2x-3", "y=3x+2", "y>2x+3"]),
         ("5x - 7y + 11z + 4 = 0", ["10x-14y+22z+8=0", "5x-7y+11z=-4", "-5x+7y-11z-4=0"], ["5x-7y+11z-4=0", "5x-7y+11z+4", "5x-7y+11z+4=1"]),
         ("x^2+y^2=1", ["y^2+x^2=1", "x^2+y^2-1=0"], ["x^2-y^2=1", "x^2+y^2=2", "1"]),
-        ("f(x) = x^2", ["x^2", "f(x)=x^2", "y = x^2"][:2], ["x^3", "f(x)=x"]),
+        ("f(x) = x^2", ["x^2", "f(x)=x^2"], ["x^3", "f(x)=x"]),
         ("(x,y)=(3,2)", ["(3,2)", "(x, y) = (3, 2)", "x=3, y=2", r"x=3 \text{ and } y=2"], ["(2,3)", "3", "x=2, y=3"]),
         ("x=3, y=2", ["y=2, x=3", "(3,2)", r"x=3,\ y=2"], ["x=2, y=3", "x=3", "y=2"]),
         ("0.333", [r"\frac13 \approx 0.333", r"x \approx 0.333"], [r"\frac12 \approx 0.333"]),
@@ -197,7 +201,7 @@ SAME = {
         (r"\frac12, \frac13", ["1/2, 1/3", r"\frac13 \text{ and } \frac12", r"0.5, 0.\overline{3}"], ["0.5, 0.33", "1/2", "1/6"]),
     ],
     "tuples and vectors are ordered": [
-        ("(3, 4)", ["(3,4)", r"\left(3,4\right)", "( 3 , 4 )", r"(3.0, \frac{8}{2})", "(x,y)=(3,4)", r"\langle 3,4\rangle", "P(3,4)"][:6], ["(4,3)", "3, 4", "34", r"\{3,4\}", "[3,4]", "(3,4,5)", "3", "7"]),
+        ("(3, 4)", ["(3,4)", r"\left(3,4\right)", "( 3 , 4 )", r"(3.0, \frac{8}{2})", "(x,y)=(3,4)", r"\langle 3,4\rangle"], ["(4,3)", "3, 4", "34", r"\{3,4\}", "[3,4]", "(3,4,5)", "3", "7"]),
         (r"\left( 3, \frac{\pi}{2} \right)", ["(3, π/2)", "(3,pi/2)", r"(3,\frac{1}{2}\pi)"], ["(π/2, 3)", "(3, 90)", "3", "(3, 1.57)"]),
         ("(1,200)", ["(1, 200)", "(1,200)"], ["1200", "(1200)", "(200,1)"]),
         (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", [r"\begin{bmatrix} 0.2 \\ -3.6 \end{bmatrix}", r"\begin{pmatrix} \frac15 \\ -\frac{18}{5} \end{pmatrix}", r"(1/5, -18/5)"],
@@ -207,8 +211,8 @@ SAME = {
         ("(0;-2;6)", ["(0,-2,6)"], ["(0,2,6)"]),
     ],
     "intervals and inequalities": [
-        ("x>3", [r"(3,\infty)", "3<x", r"x \in (3, \infty)", "x > 3", r"x \gt 3", r"(3, +\infty)", r"]3,\infty["][:6], [r"x \ge 3", "x<3", "3", "y>3", r"[3,\infty)", "x=3", r"(-\infty,3)", "x>4"]),
-        (r"(2,\infty)", ["x>2", r"2 < x", r"(2,+\infty)", "2<x<∞"][:3], ["x<2", r"[2,\infty)", "(2,100)", r"x \geq 2"]),
+        ("x>3", [r"(3,\infty)", "3<x", r"x \in (3, \infty)", "x > 3", r"x \gt 3", r"(3, +\infty)"], [r"x \ge 3", "x<3", "3", "y>3", r"[3,\infty)", "x=3", r"(-\infty,3)", "x>4"]),
+        (r"(2,\infty)", ["x>2", r"2 < x", r"(2,+\infty)", "2<x<∞"], ["x<2", r"[2,\infty)", "(2,100)", r"x \geq 2"]),
         ("(3,4]", [r"3 < x \le 4", r"x\in(3,4]", r"\left(3,4\right]", "3<x<=4", "4 ≥ x > 3"], ["[3,4)", "(3,4)", "[3,4]", "3<x<4", "(3,5]"]),
         (r"x \in [-2,7]", ["[-2,7]", r"-2 \le x \le 7", r"-2\leq x\leq 7", "-2 <= x <= 7", "7 ≥ x ≥ -2"], ["(-2,7)", "-2<x<7", "[2,7]", r"y\in[-2,7]", "-2,7"]),
         ("(2,4)", ["2<x<4", "(2, 4)"], [r"2 \le x < 4", "[2,4]", "(4,2)", "2,4", "(2,4]"]),
@@ -217,11 +221,11 @@ SAME = {
         (r"k \ge 2", [r"k\geq 2", "k>=2", r"[2,\infty)", "2 ≤ k"], ["k>2", "2", "n \\ge 2", r"k \le 2"]),
         (r"(-\infty, 0]", [r"x \le 0", r"x\leq 0"], ["x<0", "0", r"(-\infty,0)", r"[0,\infty)"]),
         (r"x \ne 3", [r"x\neq 3", r"(-\infty,3)\cup(3,\infty)"], ["x=3", "3", r"x \ne 4"]),
-        (r"\infty", ["∞", r"+\infty"][:1], [r"-\infty", "0", "8"]),
+        (r"\infty", ["∞", r"+\infty"], [r"-\infty", "0", "8"]),
         (r"-\infty", ["-∞"], [r"\infty"]),
     ],
     "sums and integrals, by math-verify": [
-        (r"\sum_{k=1}^{n} k", [r"\sum_{k=1}^{n} k", r"\sum_{j=1}^n j", r"\frac{n(n+1)}{2}"][:1], [r"\sum_{k=1}^{n} k^2", r"\sum_{k=0}^{n-1} k"]),
+        (r"\sum_{k=1}^{n} k", [r"\sum_{k=1}^{n} k", r"\sum_{j=1}^n j"], [r"\sum_{k=1}^{n} k^2", r"\sum_{k=0}^{n-1} k"]),
         (r"\int_0^1 x^2\,dx", [r"\frac{1}{3}"], [r"\frac12", "3"]),
     ],
 }
@@ -241,7 +245,7 @@ TAKEN = {
                r"\boxed{2} apples", r"\boxed{2}, which is what we wanted. The answer is clear.", "\\boxed{\n2\n}", r"\boxed{2}" + 3000 * " and so on", r"x = \boxed{2}",
                r"\boxed{2}!", r"**\boxed{2}**", r"- \boxed{2}", r"The answer is 3. \boxed{2}", r"\boxed{2} \boxed{2}", r"\boxed{2}\%", r"$\boxed 2$", r"\boxed{2}" "\n\n**Final Answer**\n" r"\boxed{2}",
                r"\boxed{x = 2}", r"\boxed{2 \text{ apples}}", r"\boxed{3}. Wait, so \boxed{2}", r"\boxed{1}, so \boxed{2}", r"#### 7" "\n" r"\boxed{2}"],
-         [r"\boxed{1} and \boxed{2}", r"\boxed{2} or \boxed{3}", r"\boxed{2", r"\boxed{2} then \boxed{3", r"\boxed{2}, \boxed{3}", r"\boxed{}", r"\boxed{2} and \boxed{}", r"\\boxed{2}"[:0],
+         [r"\boxed{1} and \boxed{2}", r"\boxed{2} or \boxed{3}", r"\boxed{2", r"\boxed{2} then \boxed{3", r"\boxed{2}, \boxed{3}", r"\boxed{}", r"\boxed{2} and \boxed{}",
           r"\boxed{2}\sqrt{3}", r"$-\boxed{2}$", r"\boxed{2}^3", r"\boxed{2 \text{ or } 3}", r"\boxed{2}" "\n" r"\boxed{3}", r"The answer is 2. \boxed{3}", r"\boxed{?}", r"\boxed{\text{about } 2}", r"\boxed{2?}",
           r"x=\boxed{2}$ and $y=\boxed{3}$", r"\boxed{2} \times 10^3", r"\boxed{2}/3", r"\boxed{12}", r"\boxed{\text{maybe } 2}", "2", r"\boxed", r"\boxed{\frac{2", r"\boxed{2}. No, \boxed{3}."]),
         (r"\frac{1}{2}", [r"\boxed{\frac{1}{2}}", r"$\boxed{\dfrac12}$.", r"\boxed{ \frac{1}{2} }"], [r"\boxed{\frac{1}{2}", r"\boxed{\frac{1}{3}}"]),
@@ -257,7 +261,7 @@ TAKEN = {
                 "The final answer is **18**.", "**The answer is 18.**", "The answer is **18** dollars.", r"The answer is \(18\).", "The answer is\n\\[\n18\n\\]", "The answer is:\n$$18$$", "The answer is `18`", 'The answer is "18"',
                 "The answer is 18 because 2 * 9 = 18.", "The answer is 18, which is 2 * 9.", "The answer is 18 (since 2 * 9 = 18).", "The answer is x = 18.", "The answer is 2*9 = 18.", "The answer is 4+14=<<4+14=18>>18.", r"The answer is \$18 per day.",
                 "The answer is 18 dollars per day, since she sells 9.", "The answer is 17. No: the answer is 18.", "The answer is 18. I hope this answer is helpful.", "answer = 18", "The answer to this problem is 18.", "The correct answer is 18.",
-                "The answer is eighteen.", "The answer is 18!" [:16] + ".", "The answer is not known. The answer is 18", "The answer is 18\n" + 3000 * "and so on ", "The answer is 18. A common wrong answer is 12.", "The answer is the number 18.", "The answer is 18 in all",
+                "The answer is eighteen.", "The answer is not known. The answer is 18", "The answer is 18\n" + 3000 * "and so on ", "The answer is 18. A common wrong answer is 12.", "The answer is the number 18.", "The answer is 18 in all",
                 "ANSWER: 18", "Ans: 18", r"\textbf{Answer:} 18", "The answer is 18. The answer is", "Therefore, the answer is:\n\n**18**", "> **Answer:** 18", "- Answer: 18", "The answer is 18 eggs and she sells them.", "Answer - the answer is 18",
                 "The answer is therefore 18.", "The answer is exactly 18.", "The answer is $18 in total.", "The answer is 18 , as shown.", "Final Answer: The final answer is $18$. I hope it is correct.", "The answer is 18 — as expected.", "The answer is 18; see above.", "The answer is $\\frac{36}{2}$.", "**Answer: 18 eggs**", "__Answer:__ 18",
                 "The answer would be 18.", "So the answer is 18 apples", "The answer is 18.0", "#### Answer: 18", "#### 18.", "*Answer:* 18"],
@@ -266,7 +270,7 @@ TAKEN = {
           "The answer is 18^2", "The answer is 1", "The answer is 180", "The answer is −18", "The answer is - 18", "The answer is 18.5", "The answer is 18, but it could be 19.", "#### 19", "#### 18\n#### 19", "The answer is 12. Check: 18", "A wrong answer is 18", "The answer is 18 if x > 2", "The answer is 18%3", "The answer is 18 to 20", "The answer is 18–20", "The answer is 18, 19 or 20",
           "The answer is either 18 or 19", "The answer is 18 plus 3", "The answer is 18 dozen", "#### 18 or 19", "The answer is 18 - 3", "The answer is $18$ or $19$.", "The answer is $18$\\sqrt{2}", "The answer is 18:30", "The answer is (18, 3)", "The answer is x > 18", "The answer is 18 hundred", "The answer is twice 18", "The answer is 18 squared", "The answer is 18 + x"]),
         ("4", ["The answer is 4", "#### 4"], ["The answer is − 4", "The answer is 4√2", "The answer is 4x+1", "The answer is 4 million", "The answer is 4 and 9", r"The answer is 4\sqrt{2}", "The answer is 4 or so", "The answer is 4 times 3", "The answer is 4 2", "The answer is — 4", "The answer is 4e3", "The answer is 4i",
-                                              r"The answer is 4^\circ\sqrt2", "The answer is 4 hundredths", "The answer is 4 1/2", "The answer is 4½", "The answer is 4, 5", "The answer is 4π", "The answer is 4 pi", "The answer is 4.2", "The answer is 4!" + "!", "The answer is log 4", "The answer is 4:5", "The answer is 4 halves", "The answer is 4 over 3"]),
+                                              r"The answer is 4^\circ\sqrt2", "The answer is 4 hundredths", "The answer is 4 1/2", "The answer is 4½", "The answer is 4, 5", "The answer is 4π", "The answer is 4 pi", "The answer is 4.2", "The answer is log 4", "The answer is 4:5", "The answer is 4 halves", "The answer is 4 over 3"]),
         ("-18", ["#### - 18", "#### –18", "#### −18", "The answer is −18.", "The answer is - 18", "Answer: –18", "The answer is **-18**"], ["#### 18", "The answer is 18", "The answer is 3-18"]),
         ("73", ["### Final Answer\n\n73", "### Final Answer:\n73", "**Final Answer**\n\n73", "# Final answer\n\n\\[73\\]", "**Final Answer**: 73", "The answer is 73."], ["### Final Answer\n\n74", "### Final Answer", "### Answer the question\n\n73", "Final answers vary: 73"]),
         (r"4\sqrt{2}", ["The answer is 4√2.", r"The answer is $4\sqrt{2}$.", "#### 4√2", r"Answer: $4\sqrt{2}$ cm", "The answer is 4 * sqrt(2)"], ["The answer is 4"]),
@@ -347,7 +351,7 @@ fractions = st.builds(Fraction, st.integers(-300, 300), st.integers(2, 99))
 
 
 @given(value=whole_numbers | decimals | fractions, other=whole_numbers | decimals | fractions, which=st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_number_is_its_value_in_every_form(value, other, which):
     def forms(number: Fraction) -> list[str]:
         finite = 10**9 * number % 1 == 0
@@ -360,3 +364,102 @@ def test_a_number_is_its_value_in_every_form(value, other, which):
     for number in {other, value + Fraction(1, 10**9), -value, 10 * value, value + 1} - {value}:
         text = forms(number)[which % len(forms(number))]
         assert not same(gold, text), (gold, text)
+
+
+# --------------------------------------------------------------------------------------------------
+# bounds: nothing that a model writes takes long
+# --------------------------------------------------------------------------------------------------
+HUGE = [
+    "9**9**9", "10^{10^{10}}", "1e999999999", "99999!", "2000!^{2000!}", "2^{2^{2^{2^{2^2}}}}", "9" * 1999, "{" * 900 + "5" + "}" * 900,
+    "(" * 900 + "5", r"\frac{" * 300 + "1", r"\sqrt{" * 200 + "2" + "}" * 200, "1+" * 900 + "1", r"1\pm1" * 300, "x=" * 500 + "1", "1:" * 500 + "1",
+    r"\binom{10^9}{10^8}", r"\sin(10^{5000})", r"\exp(\exp(\exp(10)))", "(1/3)^{20000}", "0^0", "1/0", r"\tan 90^\circ", "((x!)!)!", r"\text{" * 100,
+    "|" * 100, "\ud800", "\0", "\\", "(x+y)^{5000}", "n^{n^{n}}", ", ".join(f"\\sqrt{{{i}}}" for i in range(120)), "million " * 400,
+]
+
+
+@pytest.mark.parametrize("gold", ["5", "x^2+1", r"\{1,2\}", "x>3", r"\sqrt{2}", "0.333", "n^{n^{n}}"])
+def test_a_verdict_is_bounded_whatever_stands_there(gold):
+    start = time.perf_counter()
+    for text in HUGE:
+        right = judged(gold, f"\\boxed{{{text}}}") or judged(gold, f"The answer is {text}.")
+        assert right == (gold == text), text
+    assert time.perf_counter() - start < 30  # 1 second on a quiet machine
+
+
+@given(st.lists(st.sampled_from([r"\boxed{", "}", "{", r"\frac", "^", "_", "$", "9", "-1", "x", "=", ",", r"\sqrt", r"\pi", "The answer is ", "#### ",
+                                 "!", "e", "i", "(", ")", "[", "]", "|", r"\pm", "%", r"\cup", " or ", "0.", "...", "<", r"\text{"]), max_size=12).map("".join))
+@settings(max_examples=100, deadline=None)
+def test_any_text_gets_a_verdict(text):
+    for gold in ("5", r"\frac{\pi}{2}", "(1,2)", "x>3"):
+        found, right = compare(gold, text)
+        assert found or not right
+
+
+# --------------------------------------------------------------------------------------------------
+# golds
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("gold, shown, right, wrong", [
+    ('["18"]', "18", "18", "19"), ('["18", "19"]', "18, 19", r"\{19, 18\}", "18"), ("2.75e11", r"2.75 \times 10^{11}", r"2.75 \times 10^{11}", "2.75"),
+    ("61 (cookies)", "61", "61", "16"), ("1 000 000", "1000000", "1,000,000", "1"), ("2 1/2", r"2\frac{1}{2}", "2.5", "10.5"), ("1e-07", "0.0000001", "10^{-7}", "0"),
+    ("27.0", "27", "27", "270"), (r"$\boxed{7}$", "7", "7", "8"), ("[1, 2]", "[1, 2]", r"1 \le x \le 2", "1"), ("f(x) = 2x (for all x)", "f(x) = 2x (for all x)", "2x (for all x)", "2x+1"),
+    ("3/4 (of the cake)", "3/4", "0.75", "4/3"), ("-5 (degrees)", "-5", "-5", "5"), ("0.5", "0.5", "1/2", "5"), ("$5", "$5", "5", "6"), ("(1, 2)", "(1, 2)", "(1,2)", "(2,1)"),
+])
+def test_a_gold_is_normalised_once_at_load(gold, shown, right, wrong):
+    problem = as_problem(dict(question="?", answer=gold), "fixture")
+    assert problem.answer == shown == normal_gold(shown)
+    assert judged(problem.answer, rf"\boxed{{{problem.answer}}}") and not judged(problem.answer, rf"\boxed{{{wrong}}}")
+    if "for all" not in gold:
+        assert judged(problem.answer, rf"\boxed{{{right}}}")
+
+
+def test_golds_that_only_the_same_text_answers_are_told():
+    assert [reading(gold) for gold in ("5", r"\frac12", "Tuesday", r"\forall x \exists y", "x>3")] == ["value", "value", "words", "text", "value"]
+    problems = [as_problem(dict(question=f"{i}?", answer=gold), "fixture") for i, gold in enumerate(["5", r"\forall x", "odd"])]
+    [note] = maths.notes(problems)
+    assert note.startswith("1 of 3 reference answers") and problems[1].id in note and maths.notes(problems[:1]) == []
+
+
+@pytest.mark.parametrize("gold", ["", r"\boxed{}", "$ $", "9" * 3000])
+def test_a_gold_that_says_nothing_is_bad(gold):
+    with pytest.raises(BadProblem, match="the reference answer"):
+        compare(gold, r"\boxed{1}")
+
+
+# --------------------------------------------------------------------------------------------------
+# boxes and thoughts
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text, boxed", [
+    (r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed {x}", "x"), (r"\boxed{}", ""), (r"\boxed{1} then \boxed{2", None),
+    (r"\boxed{\{1\}}", r"\{1\}"), (r"\boxed{\boxed{3}}", r"\boxed{3}"), (r"} \boxed{a} {", "a"), ("no box", None), (r"\boxed 5", "5"), (r"\\boxed{4}", None),
+])
+def test_the_last_box_is_found_and_an_unfinished_one_is_none(text, boxed):
+    assert last_boxed(text) == boxed
+
+
+@given(st.lists(st.sampled_from([r"\boxed{", "{", "}", "a", "\\", r"\{", " ", "1"])).map("".join))
+def test_boxes_are_what_a_count_of_braces_finds(text):
+    """Against a search that counts braces one by one."""
+    found, i = [], 0
+    while i < len(text):
+        if text.startswith("\\boxed{", i) and text[:i][-1:] != "\\":
+            depth, end = 1, i + 7
+            while end < len(text) and depth:
+                skip = text[end] == "\\"
+                depth += 0 if skip else (text[end] == "{") - (text[end] == "}")
+                end += 1 + skip
+            if depth:
+                found = None
+                break
+            found.append(text[i + 7 : end - 1])
+            i = end
+        else:
+            i += 1
+    if "\\\\" not in text:  # \\boxed after another backslash is a new line and a box
+        assert [box.content for box in boxes(text)] == (found or [])
+
+
+@pytest.mark.parametrize("opened, closed", THOUGHTS)
+def test_a_cut_off_thought_leaves_no_answer_in_any_family(opened, closed):
+    assert final_part(f"{opened}so \\boxed{{5}}") == ""
+    assert compare("5", final_part(f"{opened}\\boxed{{6}}{closed}\\boxed{{5}} and so on"))[1]
+    assert final_part(f"{opened}a{closed}b {closed} c").strip() == "c"

@@ -34,14 +34,16 @@ def last_program(text: str) -> str | None:
 def final_answer(text: str) -> str | None:
     """The mathematical answer of a response, as text; None if it gives none.
 
-    It is what the last box holds, together with the boxes that "and" or a comma joins to it; without
-    a box, what follows the last mark: ####, "answer is", "Answer:", a heading "Final answer". A last
-    box that is not closed holds none.
+    It is what the last box holds, together with the boxes that "and" or a comma joins to it; if
+    there is no box, what follows the last mark: ####, "answer is", "Answer:", a heading "Final
+    answer". A last box that is not closed holds none.
 
-    >>> final_answer(r"\\boxed{1}, no: \\boxed{2} and \\boxed{3}"), final_answer(r"\\boxed{1} \\boxed{2")
-    ('2, 3', None)
-    >>> final_answer("**Answer**: 18 eggs, as 9 * 2 = 18."), final_answer("So she has 18")
-    ('18 eggs', None)
+    >>> final_answer(r"\\boxed{1}, no: \\boxed{2} and \\boxed{3}")
+    '2, 3'
+    >>> final_answer(r"\\boxed{1} \\boxed{2"), final_answer("So she has 18")
+    (None, None)
+    >>> final_answer("**Answer**: 18 eggs, as 9 * 2 = 18.")
+    '18 eggs'
     """
     if BOX.search(text):
         return boxed_answer(text)
@@ -64,103 +66,138 @@ class Box(NamedTuple):
     content: str
 
 
-BOX = re.compile(r"(?<!\\)(?:\\\\)*\\(?:boxed|fbox)(?![A-Za-z])\s*(?=(\{)|(-?[\d.,]+|[A-Z])(?![\w^{\\]))")
+COMMAND = r"(?<!\\)(?:\\\\)*\\(?:boxed|fbox)(?![A-Za-z])\s*"
+BOX = re.compile(COMMAND + r"(?=(\{)|(-?[\d.,]+|[A-Z])(?![\w^{\\]))")  # \boxed{5} or \boxed 5
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def boxes(text: str) -> list[Box]:
     """The boxes that stand in no other box, in order; [] if the last one is not closed.
 
-    >>> [box.content for box in boxes(r"\\boxed{\\boxed{3}} \\boxed{\\{1\\}} \\boxed 5.")]
-    ['\\\\boxed{3}', '\\\\{1\\\\}', '5']
+    >>> [box.content for box in boxes(r"\\boxed{\\boxed{3}} \\boxed{{1}} \\boxed 5.")]
+    ['\\\\boxed{3}', '{1}', '5']
     """
     found: list[Box] = []
     for opening in BOX.finditer(text):
-        if found and opening.start() < found[-1].end:
+        start = opening.end()
+        if found and start < found[-1].end:
             continue
-        start, end = opening.end(), -1
         if opening[2]:
             bare = opening[2].rstrip(".,")
             found.append(Box(opening.start(), start + len(bare), bare))
             continue
-        depth = 0
-        for brace in BRACE.finditer(text, start):
-            depth += (brace[0] == "{") - (brace[0] == "}")
-            if depth == 0:
-                end = brace.end()
-                break
+        end = closing_brace(text, start)
         if end < 0:
             return []
         found.append(Box(opening.start(), end, text[start + 1 : end - 1]))
     return found
 
 
-JOINT = re.compile(r"(?:\s|[$,;&]|\\[()\[\],;:! ]|\\q?quad|\*\*|\band\b|\bor\b|\\text|[{}])*")
-NAMED = re.compile(r"[^.\n]{0,40}(?:,|;|&|\band\b|\bor\b)[^.\n]{0,40}")  # "and y ="
-TURN = re.compile(r"(?i)\b(?:so|thus|hence|then|therefore|but|no|not|wait|actually|instead|which|"
-                  r"because|since|means?|gives?|now|first|simplif\w*|rewrit\w*)\b|[⇒→]|\\to|\\R?implies")
+def closing_brace(text: str, start: int) -> int:
+    """The place behind the brace that closes the one at `start`, or -1.
+
+    >>> closing_brace("{a{b}}c", 0), closing_brace(r"{a\\}", 0)
+    (6, -1)
+    """
+    depth = 0
+    for brace in BRACE.finditer(text, start):
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0:
+            return brace.end()
+    return -1
+
+
+def one_of(words: str) -> str:
+    """A pattern of whole words.
+
+    >>> bool(re.search(one_of("so thus"), "and so on")), bool(re.search(one_of("so"), "sort"))
+    (True, False)
+    """
+    return rf"\b(?:{'|'.join(words.split())})\b"
+
+
+# What may stand between boxes that are one answer: \boxed{1}$ and $\boxed{2}, "and y =".
+JOINT = re.compile(r"(?:\s|[$,;&{}]|\\[()\[\],;:! ]|\\q?quad|\*\*|\\text|\band\b|\bor\b)*")
+NAMED = re.compile(r"[^.\n]{0,40}(?:[,;&]|\band\b|\bor\b)[^.\n]{0,40}")
+TURNS = "so thus hence then therefore but no not wait actually instead which because since means"
+TURN = re.compile(rf"(?i){one_of(TURNS + ' mean gives give now first')}|[⇒→]|\\to|\\R?implies")
+
+# The box is a part of a term: \boxed{5}\sqrt2, \boxed{5}^2, \boxed{5}x; 2\boxed{5}, $-\boxed{5}.
+GOES_ON = re.compile(
+    r"\s?(?:\^|/\s*[\d\\]|\\(?:sqrt|frac|pi|times|cdot|pm)(?![a-z])|[-+*]\s?[\d\\])"
+    r"|[A-Za-z](?![A-Za-z])"
+)
+WITHIN = r"\\[dt]?(?:frac|sqrt)\s*\{|\}\{|\^\{?|(?<=[$= ])\d\{?"
+SIGNED = r"[$=(\d]\s*[-+]|[\d)}]\s*(?:\\cdot|\\times|\*|/)\{?"
+COMPARED = r"[\w)}]\s*(?:[<>≤≥≠]|\\(?:l|g|n)eq?(?:slant)?)\s*"  # x > \boxed{5}
+BEGUN = re.compile(rf"(?:{WITHIN}|{SIGNED}|{COMPARED})\Z")
+CHOICE = re.compile(r"(?:\s|[$*]|\\[)\]])*\bor\b(?=\s*[\d$\\-])")  # \boxed{5} or 6
 
 
 def boxed_answer(text: str) -> str | None:
-    """The last box with those that are joined to it; None if the formula goes on beside it."""
+    """The last box with those that are joined to it; None if it is a part of a term."""
     found = boxes(text)
     if not found:
         return None
     parts = [found[-1]]
     for box in reversed(found[:-1]):
-        between = text[box.end : parts[0].start]
-        named = NAMED.fullmatch(between) and not TURN.search(between)
-        if not JOINT.fullmatch(between) and not named:
+        if not are_joined(text[box.end : parts[0].start]):
             break
         parts.insert(0, box)
-    if len(parts) > 1 and len({part.content for part in parts}) == 1:
-        parts = parts[:1]
-    goes_on = GOES_ON.match(text, found[-1].end) or BEGUN.search(text[: parts[0].start])
-    if goes_on or any(not part.content.strip() for part in parts):
-        return None
     answers = [part.content.strip() for part in parts]
-    choice = CHOICE.match(text, found[-1].end)
+    goes_on = GOES_ON.match(text, parts[-1].end)
+    if goes_on or BEGUN.search(text[: parts[0].start]) or "" in answers:
+        return None
+    choice = CHOICE.match(text, parts[-1].end)
     if choice:
         answers.append(clause(text[choice.end() :]) or "?")
-    return ", ".join(answers)
+    return ", ".join(dict.fromkeys(answers))
 
 
-AFTER = r"\s?(?:\^|/\s*[\d\\]|\\(?:sqrt|frac|pi|times|cdot|pm)(?![a-z])|[-+*]\s?[\d\\])|[A-Za-z](?![A-Za-z])"
-GOES_ON = re.compile(AFTER)
-WITHIN = r"\\[dt]?(?:frac|sqrt)\s*\{|\}\{|\^\{?|(?<=[$= ])\d\{?"  # the box is a part of a term
-BEFORE = r"[$=(\d]\s*[-+]|[\d)}]\s*(?:\\cdot|\\times|\*|/)\{?|[\w)}]\s*(?:[<>≤≥≠]|\\(?:l|g|n)eq?(?:slant)?)\s*"
-BEGUN = re.compile(rf"(?:{WITHIN}|{BEFORE})\Z")
-CHOICE = re.compile(r"(?:\s|[$*]|\\[)\]])*\bor\b(?=\s*(?:[\d$\\-]))")
+def are_joined(between: str) -> bool:
+    """Whether the text between two boxes makes one answer of them.
+
+    >>> [are_joined(x) for x in ("$ and $", " and $y = ", ", so it is ", ". Then ")]
+    [True, True, False, False]
+    """
+    named = NAMED.fullmatch(between) and not TURN.search(between)
+    return bool(JOINT.fullmatch(between) or named)
 
 
 # --------------------------------------------------------------------------------------------------
 # marked answers
 # --------------------------------------------------------------------------------------------------
-BOLD = r"(?:[*_]{1,3})?"
-TO_WHAT = r"(?:\s+(?:to|for|of)\s+(?:the|this|your|our)\s+(?:\w+\s+)?(?:problem|question|exercise))?"
-IS = r"(?:is|was|equals|would be|will be|must be|should be|comes out to|comes to)"
+TASK = r"(?:\s+(?:to|for|of)\s+(?:the|this|your|our)\s+(?:\w+\s+)?(?:problem|question|exercise))?"
+IS = r"(?:is|was|equals|would be|will be|must be|should be|comes out to|comes to)\b"
 MARK = re.compile(
-    rf"(?i)(?P<hashes>^\s*####|(?<=[\s.])####)|"
-    rf"(?<![A-Za-z])answer{TO_WHAT}\s*{BOLD}\s*(?:{IS}\b|:|=|≈)|\bans(?:\.|:|=)|"
-    rf"^\W*answer\s*(?=\$|\\[\[(])|^[#*_\s>]*(?:my |the )?final answer[\s*_:.]*$|^(?:#+\s*|\*\*\s*)answer[\s*_:.]*$",
-    re.MULTILINE,
+    r"(?P<hashes>^\s*####|(?<=[\s.])####)"
+    rf"|(?<![a-z])answer{TASK}\s*[*_]*\s*(?:{IS}|:|=|≈)"
+    r"|\bans(?:\.|:|=)"
+    r"|^\W*answer\s*(?=\$|\\[\[(])"
+    r"|^[#*_\s>]*(?:my |the )?final answer[\s*_:.]*$"
+    r"|^(?:#+\s*|\*\*\s*)answer[\s*_:.]*$",
+    re.MULTILINE | re.IGNORECASE,
 )
-NO_MARK = re.compile(r"(?i)\b(?:wrong|incorrect|first|initial|previous|earlier|other|naive|common|tempting|"
-                     r"whether|if|that an?|intermediate|partial|rough)\s+(?:final )?$")
-REMARK = re.compile(r"(?i)[\s*_]*(?:also |indeed |now |thus )?(?:correct|right|reasonable|plausible|helpful|verified|confirmed|"
-                    r"consistent|valid|clear|complete|checked|above|below|boxed|found|in (?:the )?(?:dollars|units))\b")
-
+OTHERS = "wrong incorrect first initial previous earlier other naive common tempting whether if"
+OTHERS += " that intermediate partial rough"
+NO_MARK = re.compile(rf"(?i){one_of(OTHERS)}\s+(?:final )?$")
+REMARKS = "correct right reasonable plausible helpful verified confirmed consistent valid clear"
+REMARKS += " complete checked above below boxed"
+REMARK = re.compile(rf"(?i)[\s*_]*(?:\w+ )?{one_of(REMARKS)}")
 HEADING = re.compile(r"[ \t]*[A-Za-z]{2}.*\n\s*\S")  # #### Step 5, and its text
 
 
 def marked_answer(text: str) -> str | None:
     """What follows the last mark that anything follows.
 
-    >>> marked_answer("The answer is 5.\\n\\nFinal answer:\\n\\n$6$"), marked_answer("#### Step 5\\n3 + 4")
-    ('6', None)
+    >>> marked_answer("The answer is 5.\\n\\nFinal answer:\\n\\n$6$")
+    '6'
+    >>> marked_answer("#### Step 5\\n3 + 4"), marked_answer("A wrong answer is 5")
+    (None, None)
     """
     for mark in reversed(list(MARK.finditer(text))):
-        before, rest = text[max(0, mark.start() - 40) : mark.start()], text[mark.end() :]
+        before = text[: mark.start()][-40:]
+        rest = text[mark.end() :]
         if mark["hashes"] and HEADING.match(rest):
             continue
         if NO_MARK.search(before) or REMARK.match(rest) or not rest.strip(" \n\t*_:.$"):
@@ -169,29 +206,42 @@ def marked_answer(text: str) -> str | None:
     return None
 
 
+STOPS = "is that thus therefore now actually indeed simply exactly only just"
 FILLER = re.compile(
-    r"(?i)(?:[\s:=>]|\*\*|__|\}|(?<![\w*])\*(?=\s)|\b(?:is|that|thus|therefore|now|actually|indeed|simply|exactly|"
-    r"only|just|equal to|given by|as follows|the (?:number|value|integer|option|choice)(?: of)?)\b)*"
+    rf"(?:[\s:=>}}]|\*\*|__|(?<![\w*])\*(?=\s)|{one_of(STOPS)}|\b(?:equal to|given by|as follows)\b"
+    r"|\bthe (?:number|value|integer|option|choice)(?: of)?\b)*",
+    re.IGNORECASE,
 )
-SENTENCE = re.compile(r"(?i)(?:(?:the|there|our|its|his|her|each)\s[^.?\n]{0,150}?(?<!answer)\s(?:is|are|equals)\s)?\s*")
-FORMULA = re.compile(r"\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]*[^$\n\\])\$(?!\d)", re.DOTALL)
+OWNER = r"(?:the|there|our|its|his|her|each)\s[^.?\n]{0,150}?(?<!answer)"
+SENTENCE = re.compile(rf"(?i)(?:{OWNER}\s(?:is|are|equals)\s)?\s*")  # The area is
+FORMULA = re.compile(
+    r"\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]*[^$\n\\])\$(?!\d)", re.DOTALL
+)
 END = re.compile(r"(?<!\\)[.!](?=[\s*_\"”)]*(?:\s|$))|\n|\\n(?![a-z])|—|<\|")
-HEDGE = re.compile(r"(?i)\b(?:no|wait|maybe|perhaps|or|but|sorry|unsure|probably|possibly|might|could|not sure|either|"
-                   r"otherwise|unless|depending|respectively|if)\b|\?|\band\s+\$?-?[\d\0]|"
-                   r"\b(?:for|when)\b.*[,;]\s*\$?-?[\d\0].*\b(?:for|when)\b")
-NEXT_CLAUSE = re.compile(
-    r"\s-\s(?!(?:log|ln|sin|cos|tan|sqrt|pi)\b)(?=[A-Za-z]{2})|[,;]\s+(?!(?:and|or)\b|sqrt|pi\b)(?=[A-Za-z]{2})|\s\((?!mod)(?=[A-Za-z]{3,}\s+\S*[\d=$])|[,;]?\s+(?:because|since|as|where|which|for|"
-    r"when|so|after|making|giving|assuming|given|using|by)\b|\s+(?:and|but)\s+(?:the|it|he|she|they|we|this|that|so)\b"
+OPEN_END = re.compile(r"\.\.|—\s*\d")  # 5... or 5—6
+DOUBTS = "no wait maybe perhaps or but sorry unsure probably possibly might could either otherwise"
+HEDGE = re.compile(
+    rf"(?i){one_of(DOUBTS + ' unless depending respectively if')}|\bnot sure\b|\?"
+    r"|\band\s+\$?-?[\d\0]|\b(?:for|when)\b.*[,;]\s*\$?-?[\d\0].*\b(?:for|when)\b"
 )
-MARKUP = re.compile(r"<<.*?>>|\*\*(?!\w)|(?<![\w)])\*\*|__|(?<![\w*])\*(?=\w)|(?<=\w)\*(?![\w*\s(])|[`\"“”]")
+REASONS = "because since as where which for when so after making giving assuming given using by"
+NEXT_CLAUSE = re.compile(
+    r"\s-\s(?!(?:log|ln|sin|cos|tan|sqrt|pi)\b)(?=[A-Za-z]{2})"
+    r"|[,;]\s+(?!(?:and|or|sqrt|pi)\b)(?=[A-Za-z]{2})"
+    r"|\s\((?!mod)(?=[A-Za-z]{3,}\s+\S*[\d=$]|(?:see|since|as|because|from|by|which)\b)"
+    rf"|[,;]?\s+{one_of(REASONS)}"
+    rf"|\s+(?:and|but)\s+{one_of('the it he she they we this that so')}"
+)
+STARS = r"\*\*(?!\w)|(?<![\w)])\*\*|(?<![\w*])\*(?=\w)|(?<=\w)\*(?![\w*\s(])"  # bold, not 2**3
+MARKUP = re.compile(rf"<<.*?>>|{STARS}|__|[`\"“”]")
 SUM = re.compile(r"^[\d\s.,+*/×÷()$-]+=(?=\s*\$?-?\d)")  # 4+24= before 28
 
 
 def clause(rest: str) -> str:
     """The expression that stands at the beginning of a text, up to its end: "" if it is in doubt.
 
-    >>> [clause(x) for x in (" **28**, which", " 5, 6 or 7.", " 28, or 29?", ": 4√2\\nSo", " 5?")]
-    ['28', '5, 6 or 7', '', '4√2', '']
+    >>> [clause(x) for x in (" **28**, which", " 5, 6 or 7.", ": 4√2\\nSo", " 5?", " 5, or not")]
+    ['28', '5, 6 or 7', '4√2', '', '5, or not']
     """
     formulas: list[str] = []
 
@@ -201,15 +251,15 @@ def clause(rest: str) -> str:
         return f" \0{len(formulas) - 1}\0 "
 
     text = FORMULA.sub(keep, MARKUP.sub("", rest[:MAX_ANSWER]))
-    filler = FILLER.match(text)
-    text = text[filler.end() :]
-    if "\n" in filler[0] and re.match(r"[-−–*+•]\s", text):
+    filler = FILLER.match(text)[0]
+    text = text[len(filler) :]
+    if "\n" in filler and re.match(r"[-−–*+•]\s", text):
         return ""  # an item of a list, or a sign
     text = text[SENTENCE.match(text).end() :]
     end = END.search(text)
-    sentence = text[: end.start()] if end else text
-    if end and re.match(r"\.\.|—\s*\d", text[end.start() :]):
+    if end and OPEN_END.match(text, end.start()):
         return ""
+    sentence = text[: end.start()] if end else text
     cut = NEXT_CLAUSE.search(sentence)
     first, remainder = sentence, ""
     if cut:

@@ -17,9 +17,13 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from common.verifiers.notation import FUNCTIONS, NUMBERS, Token, Unreadable, tokens
-from common.verifiers.units import CHANGES, MULTIPLES, PARTS, UNITS, unit_of
+from common.verifiers.units import CHANGES, MULTIPLES, PARTS, UNITS, unit_of, value_in_words
 
+LABELS = tuple("ABCDEFGHIJ")  # of options
+MONEY_SIGNS = ("¤", "€", "£", "¥", "₹")
+NAMING = ("=", "\\approx", "is", "are", "equals")
 MAX_DEPTH = 40  # of brackets
+MAX_WORDS = 12  # of counting
 MAX_CHAIN = 9  # members of a = b = …
 
 
@@ -35,22 +39,33 @@ class Node(NamedTuple):
 
 
 RELATIONS = {
-    "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "\\le": "<=", "\\ge": ">=",
-    "\\ne": "!=", "!=": "!=", "\\approx": "~", "\\in": "in", "is": "=", "are": "=",
-    "equals": "=",
+    "=": "=", "is": "=", "are": "=", "equals": "=",
+    "<": "<", "<=": "<=", "\\le": "<=",
+    ">": ">", ">=": ">=", "\\ge": ">=",
+    "!=": "!=", "\\ne": "!=",
+    "\\approx": "~",
+    "\\in": "in",
 }
-CLOSING = {"(": ")]", "[": "])", "\\{": ["\\}"], "{": "}", "\\langle": ["\\rangle"]}
+CLOSING = {
+    "(": (")", "]"),
+    "[": ("]", ")"),
+    "{": ("}",),
+    "\\{": ("\\}",),
+    "\\langle": ("\\rangle",),
+}
 ENDS = set(", ; and or to ) ] } \\} | & \\ \\end \\rangle \\cup \\cap : ".split()) | set(RELATIONS)
 FILLERS = ("option", "choice", "answer", "approximately", "approx", "exactly", "only", "just")
 ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")  # sin A = 1/2 names the sine of A
+OPERATORS = set("+ - * / ^ ! \\pm % \\begin".split())
+OPENING = ("(", "|", "\\lfloor", "\\lceil", "\\infty")  # brackets that begin a factor
 MATRICES = ("pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array", "vmatrix")
 
 
 def read(text: str) -> Node:
     """The tree of an answer. Raises Unreadable if the whole text is none.
 
-    >>> read("2 apples"), read("x = 5").op, read(r"\\text{odd}")
-    (Node(op='unit', args=(Node(op='num', args=(Fraction(2, 1), 0)), ())), 'rel', Node(op='words', args=('odd',)))
+    >>> [read(text).op for text in ("2 apples", "x = 5", "(1, 2)", "odd", r"\\frac12")]
+    ['unit', 'rel', 'tuple', 'words', 'div']
     """
     found = tokens(text)
     if not found:
@@ -83,6 +98,8 @@ class Parser:
 
     def __init__(self, found: list[Token]):
         self.tokens, self.here, self.depth = found, 0, 0
+        self.bars = 0  # absolute values that are open
+        self.inside_function = 0
 
     @property
     def now(self) -> Token | None:
@@ -92,6 +109,11 @@ class Parser:
     def after(self, count: int) -> Token | None:
         place = self.here + count
         return self.tokens[place] if place < len(self.tokens) else None
+
+    def text(self, count: int = 0) -> str:
+        """The text of the token to be read, or of one behind it; "" at the end."""
+        token = self.after(count)
+        return token.text if token else ""
 
     def at(self, *texts: str) -> bool:
         return self.now is not None and self.now.kind != "letter" and self.now.text in texts
@@ -110,6 +132,11 @@ class Parser:
             self.take()
             if self.at(":"):
                 self.take()
+        end = self.here
+        while end < len(self.tokens) and self.tokens[end].kind == "word":
+            end += 1
+        if end > self.here and end < len(self.tokens) - 1 and self.tokens[end].text == ":":
+            self.here = end + 1  # Total cost: $5
         label = self.label()
         if label:
             rest = self.answer() if self.now else None
@@ -120,23 +147,23 @@ class Parser:
         """Items; inequalities that "and" joins hold together."""
         start = self.here
         found = self.items()
-        joints = {token.text for token in self.tokens[start : self.here] if token.text in ("or", ",", ";")}
-        if len(found) > 1 and not joints and all(node.op == "rel" for node in found):
-            if not any("=" in node.args[0] for node in found):
-                return Node("both", tuple(found))
+        joints = {token.text for token in self.tokens[start : self.here]} & {"or", ",", ";"}
+        together = len(found) > 1 and not joints and all(map(is_inequality, found))
+        if together:
+            return Node("both", tuple(found))
         return joined("list", found)
 
     def label(self) -> str:
         """The letter of an option before its content, as in (B) 12; "" if there is none."""
-        first, letter, last, rest = map(self.after, range(4))
-        if letter and letter.text == ")" and first.text in "ABCDEFGHIJ":  # B) 12
+        first, second, third = map(self.text, range(3))
+        rest = self.after(3)
+        if first in LABELS and second in (")", ".") and self.now.kind == "letter":  # B) 12, B. 12
             self.here += 2
-            return first.text
-        shaped = last is not None and (first.text, last.text) == ("(", ")")
-        if shaped and letter.text in "ABCDEFGHIJ" and (
-                rest is None or rest.spaced or rest.kind == "number"):
+            return first
+        ends = rest is None or rest.spaced or rest.kind == "number"
+        if (first, third) == ("(", ")") and second in LABELS and ends:
             self.here += 3
-            return letter.text
+            return second
         return ""
 
     def items(self) -> list[Node]:
@@ -164,15 +191,16 @@ class Parser:
 
     def name(self) -> Node | None:
         """What stands before "=" if it only names a quantity: Area, f(x), |AB|, the total cost."""
-        end = self.here
-        depth = 0
-        while end < len(self.tokens) and (depth or self.tokens[end].text not in ENDS - {":", "|"}):
+        end, depth = self.here, 0
+        while end < len(self.tokens):
             text = self.tokens[end].text
+            if depth == 0 and text in ENDS - {":", "|"}:
+                break
             depth += (text in ("(", "{")) - (text in (")", "}"))
             end += 1
         part = self.tokens[self.here : end]
-        named = part and end < len(self.tokens) and self.tokens[end].text in ("=", "\\approx", "is", "are", "equals")
-        if not named or not is_name(part):
+        named = end < len(self.tokens) and self.tokens[end].text in NAMING
+        if not part or not named or not is_name(part):
             return None
         self.here = end
         return Node("sym", ("".join(token.text for token in part),))
@@ -193,13 +221,13 @@ class Parser:
 
     # ------------------------------------------------------------------------------------ numbers
     def quantity(self) -> Node:
-        before = []
         if self.at("\\approx"):
             self.take()
-        negative = self.at("-") and self.after(1) and self.after(1).text in ("¤", "€", "£", "¥", "₹")
+        negative = self.at("-") and self.text(1) in MONEY_SIGNS
         if negative:
             self.take()
-        while self.at("¤", "€", "£", "¥", "₹") or (self.now and self.now.text in ("USD", "Rs")):
+        before = []
+        while self.at(*MONEY_SIGNS, "USD", "Rs"):
             before.append(self.take().text)
             if self.at("."):
                 self.take()
@@ -214,31 +242,33 @@ class Parser:
     def units(self) -> list[str]:
         """The words of counting up to the end of the item."""
         words: list[str] = []
-        while self.now and (self.now.text not in ENDS or self.now.kind == "letter"):
-            token = self.take()
-            if token.text == "^" and words:
-                power = self.power_of_unit()
-                words.append(f"^{power}")
-            elif token.kind == "word" and token.text.lower() not in CHANGES | set(NUMBERS):
-                words.append(token.text)
-            elif token.text in ("%", "°", "¤", "€", "£", "¥", "¢") and token.text not in words:
-                words.append(token.text)
-            elif token.kind == "letter" and (self.last(2) == "°" or self.last(2) == "/"):
-                words.append(token.text)
-            elif token.text in ("/", "*", "-", ".", "'") and words and self.now is not None:
-                if self.now.kind == "sign" or words[-1] == "%":
-                    raise Unreadable("signs after a unit")
-                if token.text == "/":
-                    words.append("per")
-            elif token.text == "(" and self.only_words():
-                while not self.at(")"):
-                    words.append(self.take().text)
-                self.take(")")
-            else:
-                raise Unreadable(f"{token.text!r} after a number")
-        if len(words) > 12:
+        while self.now and (self.text() not in ENDS or self.now.kind == "letter"):
+            words += self.unit_words(self.take(), words)
+        if len(words) > MAX_WORDS:
             raise Unreadable("too many words after a number")
         return words
+
+    def unit_words(self, token: Token, words: list[str]) -> list[str]:
+        """What a token after a number adds to the words that stand there already."""
+        text = token.text
+        if token.kind == "word" and text.lower() not in CHANGES | set(NUMBERS):
+            return [text]
+        if text in ("%", "°", "¢", *MONEY_SIGNS) and text not in words:
+            return [text]
+        if token.kind == "letter" and self.last(2) in ("°", "/"):
+            return [text]
+        if text == "(" and self.only_words():
+            found = []
+            while not self.at(")"):
+                found.append(self.take().text)
+            self.take(")")
+            return found
+        joins = words and self.now is not None and self.now.kind != "sign" and words[-1] != "%"
+        if text == "^" and words:
+            return [f"^{self.power_of_unit()}"]
+        if text in ("/", "*", "-", ".", "'") and joins:
+            return ["per"] if text == "/" else []
+        raise Unreadable(f"{text!r} after a number")
 
     def last(self, count: int) -> str:
         place = self.here - count
@@ -249,10 +279,11 @@ class Parser:
         end = self.here
         while end < len(self.tokens) and self.tokens[end].kind in ("word", "letter"):
             end += 1
+        inside = self.tokens[self.here : end]
         closed = end < len(self.tokens) and self.tokens[end].text == ")"
-        kinds = [token.kind for token in self.tokens[self.here : end]]
-        unit = all(token.text in UNITS for token in self.tokens[self.here : end])
-        return closed and bool(kinds) and ("word" in kinds or unit)
+        known = [token.text in UNITS or token.kind == "word" for token in inside]
+        changed = CHANGES.intersection(token.text.lower() for token in inside)
+        return closed and bool(inside) and all(known) and not changed
 
     def power_of_unit(self) -> str:
         braced = self.at("{")
@@ -292,25 +323,29 @@ class Parser:
         parts = [self.mixed() or self.power()]
         divided = False
         while self.now:
-            if self.at("*"):
+            if self.at("/") and not self.at_unit(1):
                 self.take()
-                parts.append(self.factor())
-                divided = False
-            elif self.at("/") and not self.at_unit(1):
-                self.take()
-                parts.append(Node("div", (joined("mul", parts), self.factor())))
-                parts = parts[-1:]
+                parts = [Node("div", (joined("mul", parts), self.factor()))]
                 divided = True
-            elif self.now.kind == "word" and self.now.text.lower() in MULTIPLES:
-                value = MULTIPLES[self.take().text.lower()]
-                parts.append(number(value))
-            elif self.side_by_side():
-                if divided and not self.now.spaced:
-                    raise Unreadable("1/2x is 1/(2x) or (1/2)x")
-                parts.append(self.power())
-            else:
+                continue
+            part = self.another_factor(divided)
+            if part is None:
                 break
+            parts.append(part)
         return joined("mul", parts)
+
+    def another_factor(self, divided: bool) -> Node | None:
+        """What a product is multiplied by next; None if it ends here. divided: behind a "/"."""
+        if self.at("*"):
+            self.take()
+            return self.factor()
+        if self.now.kind == "word" and self.text().lower() in MULTIPLES:
+            return number(MULTIPLES[self.take().text.lower()])
+        if not self.side_by_side():
+            return None
+        if divided and not self.now.spaced:
+            raise Unreadable("1/2x is 1/(2x) or (1/2)x")
+        return self.power()
 
     def factor(self) -> Node:
         if self.at("-"):
@@ -330,8 +365,9 @@ class Parser:
             return False  # 2 3, x2, (2)3
         if token.text == "{":
             return before.kind not in ("number", "sign")
-        return token.kind in ("letter", "name") or token.text in (
-            "(", "\\{", "|", "\\lfloor", "\\lceil", "\\infty") and self.opens()
+        if token.kind in ("letter", "name"):
+            return True
+        return token.text in OPENING and self.opens()
 
     def opens(self) -> bool:
         """Whether the bracket is the beginning of a factor: not "|" that closes, not a note."""
@@ -339,9 +375,7 @@ class Parser:
             return self.bars == 0
         if self.at("(") and self.after(1) and self.after(1).kind == "word":
             return False
-        return not self.at("\\{")
-
-    bars = 0  # absolute values that are open
+        return True
 
     def mixed(self) -> Node | None:
         """A whole number and a proper fraction side by side: 2 1/2 or 2\\frac{1}{2}."""
@@ -365,21 +399,19 @@ class Parser:
     # -------------------------------------------------------------------------------- powers, atoms
     def power(self) -> Node:
         base = self.atom()
-        while self.at("!", "°", "^"):
+        while self.at("!", "^") or self.at_degrees():
             sign = self.take().text
             if sign == "!":
                 base = Node("fact", (base,))
-            elif sign == "°":
-                self.here -= 1
-                if not self.inside_function:
-                    break
-                self.here += 1
-                base = Node("mul", (base, Node("deg")))
-            else:
+            if sign == "^":
                 base = Node("pow", (base, self.exponent()))
+            if sign == "°" and self.inside_function:
+                base = Node("mul", (base, Node("deg")))
         return base
 
-    inside_function = 0
+    def at_degrees(self) -> bool:
+        """Whether a ° belongs to the number: in sin 30°, and in a sum, whose last ° is its unit."""
+        return self.at("°") and (self.inside_function > 0 or self.text(1) in ("+", "-"))
 
     def exponent(self) -> Node:
         if self.at("-"):
@@ -438,23 +470,21 @@ class Parser:
 
     def number_in_words(self, token: Token) -> Node:
         """
-        >>> read("twenty-one")
-        Node(op='num', args=(Fraction(21, 1), 0))
+        >>> [str(read(x).args[0]) for x in ("twenty-one", "two thousand one hundred", "two thirds")]
+        ['21', '2100', '2/3']
         """
-        value = NUMBERS.get(token.text.lower())
-        if value is None:
+        if token.text.lower() not in NUMBERS:
             raise Unreadable(f"the word {token.text!r}")
-        tens = value >= 20 and value % 10 == 0
-        dashed = self.at("-") and self.after(1) and self.after(1).text.lower() in NUMBERS
-        if tens and dashed:
-            self.take()
-        if tens and self.now and 0 < NUMBERS.get(self.now.text.lower(), 0) < 10:
-            value += NUMBERS[self.take().text.lower()]
-        if self.at("-") and self.after(1) and self.after(1).text.lower() in PARTS:
-            self.take()
-        if self.now and self.now.text.lower() in PARTS:
-            return number(Fraction(value, PARTS[self.take().text.lower()]))
-        return number(value)
+        self.here -= 1
+        following = [token.text.lower() for token in self.tokens[self.here :]]
+        value, count = value_in_words(following)
+        self.here += count
+        dash = self.at("-")
+        part = PARTS.get(self.text(dash).lower())
+        if part is None:
+            return number(value)
+        self.here += 1 + dash
+        return number(Fraction(value, part))
 
     def bracketed(self, opening: str) -> Node:
         if opening == "|":
@@ -476,7 +506,7 @@ class Parser:
         if opening == "\\{" and self.at("\\}"):
             self.take()
             return Node("set")
-        if opening == "\\{" and self.after(1) and self.after(1).text in ("|", ":", "\\in"):
+        if opening == "\\{" and self.text(1) in ("|", ":", "\\in"):
             return self.built_set()
         bars, self.bars = self.bars, 0
         inside = self.items()
@@ -500,7 +530,8 @@ class Parser:
         self.take("|", ":")
         condition = self.listed()
         self.take("\\}")
-        if condition.op not in ("rel", "both", "list") or Node("sym", (variable,)) not in condition.args:
+        known = condition.op in ("rel", "both", "list")
+        if not known or Node("sym", (variable,)) not in condition.args:
             raise Unreadable("a condition of another variable")
         return condition
 
@@ -571,7 +602,8 @@ class Parser:
                 raise Unreadable(name)
         node = Node("fn", (name, *arguments))
         if root is not None:
-            node = Node("pow", (arguments[0], Node("div", (number(1), root))))
+            inverse = Node("div", (number(1), root))
+            node = Node("pow", (arguments[0], inverse))
         if base is not None:
             ln = Node("fn", ("ln", *arguments))
             node = Node("div", (ln, Node("fn", ("ln", base))))
@@ -627,6 +659,10 @@ class Parser:
         return node
 
 
+def is_inequality(node: Node) -> bool:
+    return node.op == "rel" and "=" not in node.args[0]
+
+
 def is_name(part: list[Token]) -> bool:
     """Whether tokens name a quantity: words, or one letter with what stands in brackets after it.
 
@@ -634,21 +670,22 @@ def is_name(part: list[Token]) -> bool:
     [True, True, True, True, True, False, False]
     """
     texts = [token.text for token in part]
-    if part[0].kind == "number" or part[0].text in FUNCTIONS - {"frac", *ANGLES}:
+    kinds = {token.kind for token in part}
+    first, last = texts[0], texts[-1]
+    if part[0].kind == "number" or OPERATORS.intersection(texts):
         return False
-    if texts[0] in ANGLES and not all(token.kind in ("letter", "name") for token in part):
+    if first in ANGLES:
+        return kinds <= {"letter", "name"}
+    if first in FUNCTIONS - {"frac"}:
         return False
-    if any(sign in ("+", "-", "*", "/", "^", "!", "\\pm", "%", "\\begin") for sign in texts):
-        return False
-    letters = [token for token in part if token.kind in ("letter", "name")]
-    words = any(token.kind == "word" for token in part)
-    called = len(part) > 3 and texts[1] == "(" and texts[-1] == ")"
     fraction = texts[:2] == ["frac", "{"] and part[2].kind != "number"
-    pair = texts[0] == "(" and texts[-1] == ")" and "," in texts
-    bars = texts[0] == texts[-1] == "|"
-    angle = "\\angle" in texts or texts[0] == "\\overline" or texts[0] in ANGLES
+    called = len(part) > 3 and texts[1] == "(" and last == ")"
+    pair = first == "(" and last == ")" and "," in texts
+    bars = first == last == "|"
     subscript = "_" in texts[:2]
-    return words or fraction or called or pair or bars or angle or subscript or len(letters) == len(part) == 1
+    single = len(part) == 1 and kinds <= {"letter", "name"}
+    shape = fraction or called or pair or bars or subscript or single
+    return shape or "word" in kinds or "\\angle" in texts or first == "\\overline"
 
 
 def number(value: int | Fraction) -> Node:

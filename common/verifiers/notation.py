@@ -31,18 +31,39 @@ class Token(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 # one form for the characters
 # --------------------------------------------------------------------------------------------------
-CHARACTERS = {
-    "−": "-", "﹣": "-", "－": "-", "‐": "-", "‑": "-", "—": " \\emdash ", "―": " \\emdash ",
-    "×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "∕": "/", "⁄": "/", "∶": ":",
-    "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ",
-    "±": "\\pm ", "∓": "\\mp ", "∞": "\\infty ", "∪": "\\cup ", "∈": "\\in ", "∅": "\\emptyset ",
-    "ø": "\\emptyset ", "π": "\\pi ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ",
-    "γ": "\\gamma ", "δ": "\\delta ", "ε": "\\epsilon ", "λ": "\\lambda ", "μ": "\\mu ",
-    "ρ": "\\rho ", "σ": "\\sigma ", "τ": "\\tau ", "φ": "\\phi ", "ω": "\\omega ",
-    "⟨": "\\langle ", "⟩": "\\rangle ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ",
-    "⌉": "\\rceil ", "∛": "\\sqrt[3]", "…": "...", "、": ",", "’": "'", "′": "'",
-    "º": "°", "˚": "°", "\u200b": "", "\u2060": "", "\ufeff": "", "\u00ad": "", "\u200e": "",
+LOOKS_LIKE = {  # what a character becomes → the characters
+    "-": "−﹣－‐‑",
+    "*": "×·⋅∙∗",
+    "/": "÷∕⁄",
+    ":": "∶",
+    ",": "、",
+    "'": "’′",
+    "°": "º˚",
+    " \\emdash ": "—―",
+    "\\le ": "≤⩽",
+    "\\ge ": "≥⩾",
+    "\\ne ": "≠",
+    "\\approx ": "≈",
+    "\\pm ": "±",
+    "\\mp ": "∓",
+    "\\infty ": "∞",
+    "\\cup ": "∪",
+    "\\in ": "∈",
+    "\\emptyset ": "∅ø",
+    "\\langle ": "⟨",
+    "\\rangle ": "⟩",
+    "\\lfloor ": "⌊",
+    "\\rfloor ": "⌋",
+    "\\lceil ": "⌈",
+    "\\rceil ": "⌉",
+    "\\sqrt[3]": "∛",
+    "...": "…",
+    "": "\u200b\u2060\ufeff\u00ad\u200e",
 }
+GREEK = dict(zip("αβγδεθλμπρστφω", (
+    "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi omega").split()))
+CHARACTERS = {character: new for new, characters in LOOKS_LIKE.items() for character in characters}
+CHARACTERS |= {letter: f"\\{name} " for letter, name in GREEK.items()}
 UNICODE = str.maketrans(CHARACTERS)
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -128,16 +149,39 @@ SYMBOLS = set(
     "pi infty alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau "
     "phi chi psi omega varphi varepsilon Gamma Delta Theta Lambda Sigma Phi Psi Omega ell".split()
 )
-SAME_NAME = {
-    "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<",
-    "gt": ">", "times": "*", "cdot": "*", "ast": "*", "div": "/", "colon": ":", "lbrace": "\\{", "rbrace": "\\}",
-    "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
-    "varnothing": "emptyset", "infinity": "infty", "inf": "infty", "oo": "infty", "asin": "arcsin",
-    "acos": "arccos", "atan": "arctan", "cosec": "csc", "imath": "i", "dots": "...",
-    "ldots": "...", "cdots": "...", "approxeq": "approx", "simeq": "approx", "land": "and",
-    "lor": "or", "wedge": "and", "vee": "or", "sim": "approx", "iff": "=", "lg": "lg",
+ALIASES = {  # the name here → its other names
+    "le": "leq leqslant",
+    "ge": "geq geqslant",
+    "ne": "neq",
+    "<": "lt",
+    ">": "gt",
+    "=": "iff",
+    "*": "times cdot ast",
+    "/": "div",
+    ":": "colon",
+    "[": "lbrack",
+    "]": "rbrack",
+    "{": "lbrace",
+    "}": "rbrace",
+    "|": "lvert rvert vert mid",
+    "...": "dots ldots cdots",
+    "approx": "approxeq simeq sim",
+    "and": "land wedge",
+    "or": "lor vee",
+    "emptyset": "varnothing",
+    "infty": "infinity inf oo",
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+    "csc": "cosec",
+    "i": "imath",
 }
-TEXTS = set("text textbf textit textrm textsf texttt mathrm mbox operatorname mathsf textnormal emph mathbb mathcal Pr".split())
+SAME_NAME = {other: name for name, others in ALIASES.items() for other in others.split()}
+TEXTS = set(  # commands that set text or letters upright
+    "text textbf textit textrm textsf texttt textnormal mathrm mathsf mathbb mathcal mbox emph "
+    "operatorname Pr".split()
+)
+
 GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"  # 1,234 | 1,00,000
 SPACED = r"[1-9]\d{0,2}(?: \d{3})+(?!\d)|\d{1,3}(?:'\d{3})+(?!\d)"  # 1 000 000 | 1'000
 BARRED = r"\\(?:overline|bar)\s*(?:\{\d+\}|\d)"  # 0.1\overline{6}
@@ -204,8 +248,8 @@ def base_of(match: re.Match) -> int:
     base = NUMBERS.get(name, 0)
     if name.isdigit() and len(name) <= 2:
         base = int(name)
-    known = 2 <= base <= 36 and (digits[0].isdigit() or (len(digits) > 1 and base == 16))
-    if known and max(int(digit, 36) for digit in digits) < base:
+    numeral = digits[0].isdigit() or (len(digits) > 1 and base == 16)
+    if numeral and 2 <= base <= 36 and max(int(digit, 36) for digit in digits) < base:
         return base
     return 0
 
@@ -236,13 +280,17 @@ def as_number(match: re.Match, spaced: bool) -> Token:
 def recurring(digits: str) -> str:
     """The block that the digits before "..." repeat, or "".
 
-    >>> recurring("333"), recurring("1212"), recurring("1415")
-    ('3', '12', '')
+    >>> [recurring(x) for x in ("333", "166", "1212", "1415", "0588235588235")]
+    ['3', '6', '12', '', '588235']
     """
+    best, longest = "", 0
     for size in range(1, len(digits) // 2 + 1):
-        if digits[-size:] == digits[-2 * size : -size]:
-            return digits[-size:]
-    return ""
+        same = 0  # digits at the end that equal the one a block before them
+        while same + size < len(digits) and digits[-1 - same] == digits[-1 - same - size]:
+            same += 1
+        if same >= size and same + size > longest:
+            best, longest = digits[-size:], same + size
+    return best
 
 
 def command(name: str, text: str, here: int, out: list[Token], spaced: bool) -> int:

@@ -36,17 +36,21 @@ def region(node: Node) -> Region | None:
     """The intervals of an inequality, of an interval, of several; None for anything else."""
     if node.op == "rel":
         return inequality(*node.args)
-    if node.op == "tuple" and len(node.args) == 3 and set(node.args[0]) <= set("()[]"):
-        brackets, low, high = node.args
-        closed = brackets[0] == "[", brackets[1] == "]"
-        return Region("", [Interval(low, high, closed)])
-    inequalities = all(isinstance(part, Node) and part.op == "rel" for part in node.args)
-    if node.op not in ("union", "both", "list") or (node.op == "list" and not inequalities):
-        return None
-    parts = [region(part) for part in node.args]
+    if node.op == "tuple":
+        return interval(*node.args)
     if node.op == "both":
-        return intersection(parts)
-    return union(parts)
+        return intersection([region(part) for part in node.args])
+    inequalities = node.op == "list" and all(part.op == "rel" for part in node.args)
+    if node.op == "union" or inequalities:
+        return union([region(part) for part in node.args])
+    return None
+
+
+def interval(brackets: str, *ends: Node) -> Region | None:
+    if len(ends) != 2 or brackets == "ee":
+        return None
+    closed = brackets[0] == "[", brackets[1] == "]"
+    return Region("", [Interval(*ends, closed)])
 
 
 def union(parts: list[Region | None]) -> Region | None:
@@ -56,7 +60,9 @@ def union(parts: list[Region | None]) -> Region | None:
     variables = {part.variable for part in parts} - {""}
     if len(variables) > 1:
         return None
-    intervals = [interval for part in parts for interval in part.parts]
+    intervals: list[Interval] = []
+    for part in parts:
+        intervals += part.parts
     return Region("".join(variables), intervals)
 
 
@@ -82,7 +88,9 @@ def inequality(joins: tuple[str, ...], *members: Node) -> Region | None:
     places = [i for i, member in enumerate(members) if member.op == "sym"]
     if joins == ("in",):
         inside = region(last)
-        return Region(first.args[0], inside.parts) if places == [0] and inside else None
+        if places != [0] or inside is None:
+            return None
+        return Region(first.args[0], inside.parts)
     if len(places) != 1:
         return None
     place = places[0]
@@ -92,12 +100,13 @@ def inequality(joins: tuple[str, ...], *members: Node) -> Region | None:
         return None
     if joins == ("!=",):
         return Region(name, outside(others[0], others[0], False))
-    if len(members) > 3 or (len(members) == 3 and place != 1) or set(joins) - ORDER:
+    bounds = len(members) == 2 or (len(members) == 3 and place == 1)
+    if not bounds or set(joins) - ORDER:
         return None
     return bounded(name, joins, place, others)
 
 
-def bounded(name: str, joins: tuple[str, ...], place: int, others: list[Node]) -> Region | None:
+def bounded(name: str, joins: tuple, place: int, others: list[Node]) -> Region | None:
     """The interval of a variable that stands at `place` between one or two bounds."""
     low, high, closed = BELOW, INFINITY, [False, False]
     sides = []
@@ -117,15 +126,19 @@ def around(join: str, inside: Node, bound: Node) -> Region | None:
     """|x| < 3 is -3 < x < 3, and |x| > 3 is x < -3 or x > 3."""
     if inside.op != "sym" or join not in ORDER or symbols(bound):
         return None
-    closed, minus = join.endswith("="), Node("neg", (bound,))
+    name = inside.args[0]
+    closed = join.endswith("=")
+    minus = Node("neg", (bound,))
     if join.startswith("<"):
-        return Region(inside.args[0], [Interval(minus, bound, (closed, closed))])
-    return Region(inside.args[0], outside(minus, bound, closed))
+        return Region(name, [Interval(minus, bound, (closed, closed))])
+    return Region(name, outside(minus, bound, closed))
 
 
 def outside(low: Node, high: Node, closed: bool) -> list[Interval]:
     """What is below `low` and what is above `high`."""
-    return [Interval(BELOW, low, (False, closed)), Interval(high, INFINITY, (closed, False))]
+    below = Interval(BELOW, low, (False, closed))
+    above = Interval(high, INFINITY, (closed, False))
+    return [below, above]
 
 
 def same_regions(gold: Region, answer: Region) -> bool:
@@ -134,14 +147,16 @@ def same_regions(gold: Region, answer: Region) -> bool:
         return False
     if len(gold.parts) != len(answer.parts):
         return False
-    for interval in gold.parts:
-        if not any(same_interval(interval, other) for other in answer.parts):
+    for part in gold.parts:
+        if not any(same_interval(part, other) for other in answer.parts):
             return False
     return True
 
 
 def same_interval(a: Interval, b: Interval) -> bool:
-    return a.closed == b.closed and same_end(a.low, b.low) and same_end(a.high, b.high)
+    if a.closed != b.closed:
+        return False
+    return same_end(a.low, b.low) and same_end(a.high, b.high)
 
 
 def same_end(a: Node, b: Node) -> bool:

@@ -101,6 +101,34 @@ CHANGES = set(  # after a number they make another value of it, or leave it open
 )
 
 
+def value_in_words(words: Sequence[str]) -> tuple[int, int]:
+    """The value of the number that the words begin with, and how many of them it takes.
+
+    >>> value_in_words("two thousand one hundred and five apples".split())
+    (2105, 6)
+    >>> value_in_words(["twenty", "-", "one"]), value_in_words(["one", "and", "two"])
+    ((21, 3), (1, 1))
+    """
+    total = part = used = 0
+    for i, word in enumerate(words):
+        open_part = part % 100 == 0 or (part % 100 >= 20 and part % 10 == 0)
+        hundred = word == "hundred" and 0 < part < 100
+        multiple = not hundred and word in MULTIPLES and part > 0
+        added = word in NUMBERS and open_part
+        joining = word == "-" or (word == "and" and i > 0 and words[i - 1] in MULTIPLES)
+        if not (hundred or multiple or added or joining):
+            break
+        if hundred:
+            part *= 100
+        if multiple:
+            total, part = total + part * MULTIPLES[word], 0
+        if added:
+            part += NUMBERS[word]
+        if word not in ("-", "and"):
+            used = i + 1
+    return total + part, used
+
+
 def unit_of(words: Sequence[str]) -> list[str]:
     """The known units among the words of counting.
 

@@ -220,9 +220,9 @@ class Evaluation:
         if name not in FUNCTIONS:
             raise NoValue(name)
         if name in ("exp", "sinh", "cosh", "binom", "floor", "ceil", "max", "min"):
-            small = all(isinstance(value, mpmath.mpf) and abs(value) < MAX_RANGE for value in values)
-            if not small:
-                raise NoValue("it is too large")
+            for value in values:
+                if isinstance(value, mpmath.mpc) or abs(value) > MAX_RANGE:
+                    raise NoValue("it is too large")
         if name in ("ln", "log", "lg") and not values[0]:
             raise NoValue("the logarithm of 0")
         return FUNCTIONS[name](*values)
@@ -230,11 +230,12 @@ class Evaluation:
 
 def odd_root(base, power):
     """The real power of a negative number if the exponent is a fraction over an odd number."""
-    under = next((n for n in (3, 5, 7, 9, 11) if mpmath.almosteq(power * n, round(power * n))), 0)
-    if not under:
-        raise NoValue("it is not real")
-    size = mpmath.power(-base, power)
-    return -size if round(power * under) % 2 else size
+    for under in (3, 5, 7, 9, 11):
+        over = round(power * under)
+        if mpmath.almosteq(power * under, over):
+            size = mpmath.power(-base, power)
+            return -size if over % 2 else size
+    raise NoValue("it is not real")
 
 
 def evaluate(nodes: list[Node], point: dict, allow_complex: bool) -> tuple[list, int]:
@@ -264,7 +265,8 @@ def symbols(node: Node) -> set[str]:
     return found
 
 
-NUMERATORS = (3, -5, 7, -11, 13, 2, 5, 19, -2, 23, 4, 29)  # of the points at which trees are compared
+# the points at which trees are compared: fractions and whole numbers of both signs
+NUMERATORS = (3, -5, 7, -11, 13, 2, 5, 19, -2, 23, 4, 29)
 DENOMINATORS = (7, 3, 2, 4, 11, 1, 1, 5, 1, 9, 1, 6)
 
 
@@ -332,7 +334,8 @@ def signs(node: Node) -> list[Node]:
 
 
 def has_signs(node: Node) -> bool:
-    return node.op in ("pm", "mp") or any(has_signs(a) for a in node.args if isinstance(a, Node))
+    inner = [arg for arg in node.args if isinstance(arg, Node)]
+    return node.op in ("pm", "mp") or any(map(has_signs, inner))
 
 
 def signed(node: Node, sign: int) -> Node:
