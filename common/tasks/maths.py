@@ -4,7 +4,8 @@ from __future__ import annotations
 from common.tasks.problem import Problem
 from common.tasks.records import Record
 from common.verifiers import Verdict
-from common.verifiers.equality import compare
+from common.verifiers.equality import compare, reading
+from common.verifiers.golds import normal_gold
 
 INSTRUCTION = "Work step by step and finish with the final answer in \\boxed{}."
 
@@ -23,7 +24,17 @@ def from_record(record: Record, instruction: str | None) -> Problem:
     user = record.question
     if instruction:
         user = f"{user.strip()}\n\n{instruction}"
-    return record.problem("math", user, answer.strip(), solution)
+    return record.problem("math", user, normal_gold(answer), solution)
+
+
+def notes(problems: list[Problem]) -> list[str]:
+    """What a user should know of the reference answers, for the log: those that no rule of
+    mathematics reads, so that only the same text is right."""
+    texts = [problem for problem in problems if reading(problem.answer or "") == "text"]
+    if not texts:
+        return []
+    return [f"{len(texts)} of {len(problems)} reference answers are compared as text, the first in "
+            f"problem {texts[0].id}: {texts[0].answer!r:.80}"]
 
 
 def judge(problem: Problem, text: str) -> Verdict:
