@@ -283,7 +283,7 @@ def check(rollouts: Rollouts, args: Args) -> None:
         f"--dual_clip {args.dual_clip} must be above 1, or 0 for off",
     )
     if args.lam > 0:  # a missing or long hint ends the run here
-        rollouts.check_lengths([teacher_chat(problem, args) for problem in rollouts.task.train])
+        rollouts.check_lengths([teacher_chat(problem, args) for problem in rollouts.task.at_hand])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -109,8 +109,9 @@ class Rollouts:
         self.task = load_task(
             args.task, heldout=setup.heldout, fields=setup.fields, kind=setup.kind,
             instruction=setup.instruction, data_dir=setup.data_dir, against=setup.against,
+            bad_records=setup.bad_records, gym_reward=setup.gym_reward,
         )
-        problems = [*self.task.heldout, *self.task.train]
+        problems = self.task.at_hand
         self.tokenizer = load_tokenizer(args.model, args.thinking, problems)
         self.verifier = Verifier(
             allow_unsafe_exec=setup.allow_unsafe_exec, restarts=restarts

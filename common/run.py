@@ -343,8 +343,8 @@ class Run:
             if self.setup.track:
                 self.tracker = make_tracker(self.setup.track, self.folder, self.step, settings)
         self.say(f"{self.folder}: {self.world} process(es) on {self.device.type}")
-        for note in rollouts.task.notes:
-            self.say(note)
+        for line in (*rollouts.task.summary, *rollouts.task.notes):
+            self.say(line)
 
     def track(self, optimizer: torch.optim.Optimizer) -> None:
         """Checkpoints hold this optimizer from here on."""
@@ -438,6 +438,8 @@ class Run:
             f"{width * count / 2**30:.3f} GiB of the sampler's weights; its KV cache and the "
             "activations of --token_budget tokens come on top (docs/memory.md)"
         )
+        for line in (*task.summary, *task.notes):
+            self.say(line)
         self.finish(rollouts)
 
 

@@ -1,32 +1,176 @@
 """Multiple choice: the letter of an option."""
 from __future__ import annotations
 
+import json
+import string
+from typing import Any
+
+from common.tasks.fields import Record, empty, first, missing
 from common.tasks.problem import Problem
-from common.tasks.records import Record
-from common.verifiers import Verdict
-from common.verifiers.answers import last_block
 
 INSTRUCTION = (
     "Reason step by step, then give only the letter of the answer between <answer> and </answer>."
 )
+OPTIONS = ("choices", "options", "endings", "mc1_targets")  # fields that hold the options
+SEPARATE = (  # sets with a field for each option
+    ("opa", "opb", "opc", "opd", "ope"),  # MedMCQA
+    ("A", "B", "C", "D", "E", "F"),
+    ("option_a", "option_b", "option_c", "option_d", "option_e"),
+    ("sol1", "sol2"),  # PIQA
+    ("option1", "option2"),  # WinoGrande
+)
+RIGHT = (  # fields that say which option is right, before "answer"
+    "answerKey", "answer_idx", "answer_index", "answer_letter", "correct_option", "correct", "cop",
+    "label", "gold",
+)
 
 
 def from_record(record: Record) -> Problem:
-    """The question of SDPO's files has its options and instruction; the hub's has its options
-    apart."""
+    """The question with its options, unless the question itself shows them, as in SDPO's files."""
     user = record.question
-    choices = record.data.get("choices")
-    if choices is not None:  # SciKnowEval on the hub
-        options = [f"{label}: {text}" for label, text in zip(choices["label"], choices["text"])]
-        user = "\n".join([user, "", *options, "", INSTRUCTION])
-    return record.problem("choice", user, record.answer, record.solution)
+    labels, texts = options(record)
+    if not texts:
+        return record.problem("choice", user, letter(record), record.solution)
+    right = right_label(record, labels, texts)
+    shown = [f"{label}: {text}" for label, text in zip(labels, texts)]
+    user = "\n".join([user, "", *shown, "", INSTRUCTION])
+    return record.problem("choice", user, right, record.solution)
 
 
-def judge(problem: Problem, text: str) -> Verdict:
-    """SDPO's rule for SciKnowEval: the last <answer> block is the right letter, nothing else."""
-    found = last_block(text, "<answer>", "</answer>")
-    if found is None:
-        return Verdict(0.0, "There is no <answer> block; it holds the letter alone.")
-    if found == problem.answer:
-        return Verdict(1.0)
-    return Verdict(0.0, f"The answer {found[:100]} is wrong.")
+def letter(record: Record) -> str:
+    """The answer of a record without options."""
+    answer = record.answer
+    if empty(answer):
+        answer = first(record.data, RIGHT)
+    if empty(answer):
+        raise missing(record.where, record.data, "answer")
+    if not isinstance(answer, (str, int)) or isinstance(answer, bool):
+        raise record.bad("field 'answer' must be the letter of an option")
+    return str(answer).strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# options
+# --------------------------------------------------------------------------------------------------
+def has_options(data: dict) -> bool:
+    """Whether a record lists options, as MMLU's and ARC's do.
+
+    >>> has_options({"choices": ["x", "y"]}), has_options({"choices": []})
+    (True, False)
+    """
+    return any(len(found(data, name)[1]) > 1 for name in OPTIONS) or len(separate(data)) > 1
+
+
+def options(record: Record) -> tuple[list[str], list[str]]:
+    """→ (the labels, the texts) of the options; empty if the record lists none."""
+    for name in OPTIONS:
+        labels, texts = found(record.data, name)
+        if texts:
+            break
+    else:
+        texts = separate(record.data)
+        labels = list(string.ascii_uppercase[: len(texts)])
+    if not texts:
+        return [], []
+    if len(texts) > 26 or len(texts) != len(set(labels)) or not all(map(plain, texts)):
+        raise record.bad("its options are not 2 to 26 texts, each with its own letter")
+    return labels, [without_label(str(text), label) for label, text in zip(labels, texts)]
+
+
+def found(data: dict, name: str) -> tuple[list[str], list]:
+    """The labels and texts of one field: a list, or an object of labels and texts."""
+    value = data.get(name)
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return [], []
+    if isinstance(value, dict):
+        texts = value.get("text", value.get("choices"))
+        if isinstance(texts, list):  # ARC, TruthfulQA
+            labels = value.get("label") or string.ascii_uppercase[: len(texts)]
+            return list(map(str, labels)), texts
+        return list(map(str, value)), list(value.values())  # MedQA: {"A": …}
+    if not isinstance(value, list):
+        return [], []
+    if value and all(isinstance(option, dict) for option in value):
+        labels = [str(first(option, ("label", "key", "id", "letter"))) for option in value]
+        return labels, [first(option, ("text", "value", "content", "option")) for option in value]
+    return list(string.ascii_uppercase[: len(value)]), value
+
+
+def separate(data: dict) -> list:
+    """The texts of options that have a field each."""
+    for names in SEPARATE:
+        texts = [data[name] for name in names if plain(data.get(name))]
+        if len(texts) > 1:
+            return texts
+    return []
+
+
+def plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and str(value).strip() != ""
+
+
+def without_label(text: str, label: str) -> str:
+    """The text without a label that it repeats.
+
+    >>> without_label("A) iron", "A"), without_label("A. iron", "A"), without_label("A iron", "A")
+    ('iron', 'iron', 'A iron')
+    """
+    for mark in (f"({label})", f"{label})", f"{label}.", f"{label}:"):
+        if text.startswith(mark) and text[len(mark) :].strip():
+            return text[len(mark) :].strip()
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# the right one
+# --------------------------------------------------------------------------------------------------
+def right_label(record: Record, labels: list[str], texts: list[str]) -> str:
+    """The label of the right option. The record names the label, its place from 0, or its text."""
+    scores = record.data.get("mc1_targets")
+    if isinstance(scores, dict):  # TruthfulQA: 1 for the right one, else 0
+        places = [i for i, score in enumerate(scores.get("labels", ())) if score == 1]
+        answers = places[:1]
+    else:
+        answers = [first(record.data, (name,)) for name in RIGHT]
+        answers = [answer for answer in (record.answer, *answers) if not empty(answer)]
+    for answer in answers:
+        if isinstance(answer, list) and len(answer) == 1:
+            answer = answer[0]
+        label = label_of(answer, labels, texts)
+        if label:
+            return label
+    if not answers:
+        raise missing(record.where, record.data, "answer")
+    raise record.bad(f"field 'answer' {answers[0]!r:.100} is none of the options "
+                     f"{', '.join(labels)}")
+
+
+def label_of(answer: Any, labels: list[str], texts: list[str]) -> str:
+    """The label that an answer means, or "".
+
+    >>> [label_of(x, ["A", "B"], ["no", "1"]) for x in (1, "B", "(b)", "1", "no", "0", 2, "C")]
+    ['B', 'B', 'B', 'B', 'A', 'A', '', '']
+    """
+    if isinstance(answer, bool) or not plain(answer):
+        return ""
+    if isinstance(answer, (int, float)):
+        if str(answer) in labels:
+            return str(answer)
+        if answer == int(answer) and 0 <= answer < len(labels):
+            return labels[int(answer)]
+        return ""
+    text = answer.strip()
+    for label in (text, text.strip("().: ").upper()):
+        if label in labels:
+            return label
+    if texts.count(text) == 1:
+        return labels[texts.index(text)]
+    label, _, rest = text.partition(".")
+    if label in labels and rest.strip() in texts:
+        return label
+    if text.isdecimal() and int(text) < len(labels):
+        return labels[int(text)]
+    return ""

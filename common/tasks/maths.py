@@ -1,29 +1,59 @@
 """Maths: a final answer that is compared by value."""
 from __future__ import annotations
 
+import contextlib
+import json
+import re
+
+from common.tasks.fields import Record, as_text, empty, missing
 from common.tasks.problem import Problem
-from common.tasks.records import Record
 from common.verifiers import Verdict
+from common.verifiers.answers import last_boxed
 from common.verifiers.equality import compare
 
 INSTRUCTION = "Work step by step and finish with the final answer in \\boxed{}."
+ASKS = r"boxed|####|<answer>|(?i:answer:)"  # what a prompt has that says where the answer belongs
 
 
 def from_record(record: Record, instruction: str | None) -> Problem:
-    """An answer that ends in "#### N", as GSM8K's do, is a solution and its answer.
+    """An answer that ends in "#### N", as GSM8K's do, is a solution and its answer. Without an
+    answer, as in MATH, it is the last box of the solution.
 
-    instruction: text that is added to the question; None takes INSTRUCTION.
+    instruction: text that is added to the question; None takes INSTRUCTION, unless the question is
+    a chat that says itself how to answer.
     """
-    answer, solution = record.answer, record.solution
+    solution = record.solution
+    answer = reference(record)
     if "####" in answer:
         worked, _, answer = answer.rpartition("####")
         solution = solution or worked.strip()
     if instruction is None:
         instruction = INSTRUCTION
+        if record.chat is not None and re.search(ASKS, record.question):
+            instruction = ""
     user = record.question
     if instruction:
         user = f"{user.strip()}\n\n{instruction}"
     return record.problem("math", user, answer.strip(), solution)
+
+
+def reference(record: Record) -> str:
+    """The reference as text. A list of one is its element."""
+    answer = record.answer
+    if empty(answer) and record.solution:
+        answer = last_boxed(record.solution) or ""
+    if isinstance(answer, str) and re.fullmatch(r'\s*\[\s*".*"\s*\]\s*', answer, re.DOTALL):
+        with contextlib.suppress(ValueError):
+            answer = json.loads(answer)  # a list that a table holds as text
+    parts = answer
+    if not isinstance(answer, list):
+        parts = [answer]
+    if not all(isinstance(part, (str, int, float)) and str(part).strip() for part in parts):
+        raise record.bad(f"field 'answer' must be a text, a number or a list of these, not "
+                         f"{answer!r:.100}")
+    if not parts or empty(answer):
+        raise missing(record.where, record.data, "answer")
+    return ", ".join(map(as_text, parts))
 
 
 def judge(problem: Problem, text: str) -> Verdict:

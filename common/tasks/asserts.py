@@ -1,0 +1,210 @@
+"""Assert tests as MBPP and HumanEval have them, as tests that the sandbox can run.
+
+A test calls functions of the program. The sandbox passes such a call on to the program's process as
+plain data. If a call has more than that in it (objects of the program's classes, functions), the
+whole call is moved there as source: it becomes a function `case_0` behind the program, and the test
+compares what that returns. The expected result stays where it was.
+"""
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from typing import NamedTuple
+
+from common.tasks.programs import defined
+
+PLAIN = {  # built-in functions that make plain data of plain data
+    "abs", "bool", "bytes", "chr", "complex", "dict", "float", "frozenset", "int", "len", "list",
+    "max", "min", "ord", "pow", "range", "repr", "round", "set", "sorted", "str", "sum", "tuple",
+}
+NUMPY = '''
+import sys
+def _close(a, b, rtol=1e-05, atol=1e-08):
+    if isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_close(x, y, rtol, atol) for x, y in zip(a, b))
+    return a == b or abs(a - b) <= atol + rtol * abs(b)
+sys.modules["numpy"] = numpy = type(sys)("numpy")
+numpy.allclose = numpy.isclose = _close
+numpy.ndarray = type("ndarray", (), {})
+numpy.float32 = numpy.float64 = float
+numpy.inf, numpy.nan, numpy.pi = float("inf"), float("nan"), 3.141592653589793
+'''  # the part of it that EvalPlus's tests use; the sandbox has the standard library alone
+
+
+class Tests(NamedTuple):
+    """What the sandbox needs to test a program."""
+
+    names: list[str]  # the functions that the tests call, in the program's process
+    wanted: list[str]  # what the program must define
+    tests: list[str]  # Python source
+    setup: str  # runs before the tests
+    prelude: str  # runs before the program
+    epilogue: str = ""  # runs behind the program
+    calls: dict[str, str] = {}  # a function of the epilogue → the call that it stands for
+    given: str = ""  # classes in the prelude that the tests make objects of
+
+
+def assert_tests(solution: str, tests: list[str], imports: list[str], setup: str) -> Tests:
+    """The tests of a record. They use functions, classes or variables of its solution.
+
+    imports, setup: source that runs before the tests; `setup` may use the solution's names.
+    Raises ValueError if no test uses the solution, SyntaxError if a part is no Python.
+    """
+    if not tests or not all(isinstance(test, str) and test.strip() for test in tests):
+        raise ValueError("its tests must be a list of statements")
+    used = used_names("\n".join([setup, *tests]))
+    tree = ast.parse(solution)
+    own = {}  # in the order of the solution
+    for node in tree.body:
+        own |= dict.fromkeys(sorted(defined_by(node) & used))
+    if not own:
+        raise ValueError("no test calls a function of the solution")
+    modules = [ast.unparse(node) for node in tree.body if is_import(node)]
+    ready = with_numpy("\n".join([*imports, *modules]), tests)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    plain = not setup.strip() and not any(node.name in own for node in classes)
+    if plain and not any(has_more_than_data(test, own) for test in tests):
+        return Tests(list(own), list(own), tests, ready, "\n".join(imports))
+
+    given = ""  # the program may have classes of these names, too
+    if len(own) > sum(node.name in own for node in classes):
+        given = "\n\n".join(map(ast.unparse, classes))
+    moved = Moved({*own, *defined(ast.parse(setup))})
+    new = [moved.test(test) for test in tests]
+    epilogue = "\n".join([setup, *moved.functions])
+    prelude = "\n".join([*imports, *modules, given])
+    return Tests(list(moved.calls), list(own), new, ready, prelude, epilogue, moved.calls, given)
+
+
+def check_tests(stub: str, name: str, test: str) -> Tests:
+    """The tests of HumanEval: a function `check` that is given the program's function. Program and
+    tests both use the helper functions of the stub."""
+    if not re.search(r"^def check\(", test, re.MULTILINE):
+        raise ValueError("field 'test' has no function check(candidate)")
+    ast.parse(test)
+    tests = [f"{test}\ncheck({name})"]
+    return Tests([name], [name], tests, with_numpy(stub, tests), stub)
+
+
+def with_numpy(setup: str, tests: list[str]) -> str:
+    if any("numpy" in test for test in tests):
+        return f"{NUMPY}\n{setup}"
+    return setup
+
+
+# --------------------------------------------------------------------------------------------------
+# what a test uses
+# --------------------------------------------------------------------------------------------------
+def used_names(source: str) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+
+
+def is_import(node: ast.stmt) -> bool:
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def defined_by(node: ast.stmt) -> set[str]:
+    """The names that a statement of a module defines there."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.If, ast.Try)):
+        return defined(node)
+    return set()
+
+
+def has_more_than_data(test: str, own: dict[str, None]) -> bool:
+    """Whether a call of an own function may get more than plain data.
+
+    >>> own = {"f": None, "g": None}
+    >>> [has_more_than_data(x, own) for x in ("f([1], g(2))", "f(lambda x: x)", "f(g)", "f(P(1))")]
+    [False, True, True, True]
+    """
+    for node in ast.walk(ast.parse(test)):
+        if isinstance(node, ast.Call) and root(node) in own:
+            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if not isinstance(node.func, ast.Name):  # a method of what a function returns
+                return True
+            if not all(is_data(argument, own) for argument in arguments):
+                return True
+    return False
+
+
+def is_data(node: ast.AST, own: dict[str, None]) -> bool:
+    """Whether an argument can be plain data, as far as its source tells."""
+    if isinstance(node, (ast.Lambda, ast.GeneratorExp)):
+        return False
+    if isinstance(node, ast.Name):
+        return node.id not in own and node.id not in PLAIN
+    parts = list(ast.iter_child_nodes(node))
+    if isinstance(node, ast.Call):
+        known = isinstance(node.func, ast.Name) and (node.func.id in own or node.func.id in PLAIN)
+        method = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Constant)
+        if not (known or method):
+            return False
+        parts.remove(node.func)
+    return all(is_data(part, own) for part in parts)
+
+
+def root(node: ast.AST) -> str:
+    """The name that f(1), f(1).x and f[0](2) begin with; "" if there is none."""
+    while not isinstance(node, ast.Name):
+        if isinstance(node, ast.Call):
+            node = node.func
+        elif isinstance(node, (ast.Attribute, ast.Subscript)):
+            node = node.value
+        else:
+            return ""
+    return node.id
+
+
+# --------------------------------------------------------------------------------------------------
+# calls that move to the program's process
+# --------------------------------------------------------------------------------------------------
+class Moved(ast.NodeTransformer):
+    """Tests in which every expression that begins with an own name is a call of a new function."""
+
+    def __init__(self, own: set[str]):
+        self.own = own
+        self.bound: set[str] = set()  # names that the test gives values of its own
+        self.functions: list[str] = []  # source
+        self.calls: dict[str, str] = {}
+
+    def test(self, source: str) -> str:
+        """One test.
+
+        >>> moved = Moved({"f", "P"})
+        >>> moved.test("assert f(P(1)) == 3"), moved.functions
+        ('assert _case_0() == 3', ['def _case_0():\\n    return f(P(1))'])
+        """
+        tree = ast.parse(source)
+        self.bound = defined(tree) - self.own
+        body = []
+        for node in tree.body:
+            uses = used_names(ast.unparse(node)) & self.own
+            if uses and isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
+                names = defined(node)
+                self.own |= names  # it holds an object of the program
+                self.bound -= names
+                body.append(ast.Expr(self.move(node, names)))
+            else:
+                body.append(self.visit(node))
+        return ast.unparse(ast.fix_missing_locations(ast.Module(body, [])))
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, ast.expr) and root(node) in self.own:
+            return self.move(ast.Return(node), set())
+        return self.generic_visit(node)
+
+    def move(self, node: ast.stmt, names: set[str]) -> ast.Call:
+        """The call of a new function that runs the statement, which sets the global `names`."""
+        name = f"_case_{len(self.functions)}"
+        source = ast.unparse(node)
+        given = ", ".join(sorted(used_names(source) & self.bound))
+        scope = ""
+        if names:
+            scope = f"    global {', '.join(sorted(names))}\n"
+        body = textwrap.indent(source, "    ")
+        self.functions.append(f"def {name}({given}):\n{scope}{body}")
+        self.calls[name] = source.removeprefix("return ")
+        return ast.parse(f"{name}({given})", mode="eval").body

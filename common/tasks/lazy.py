@@ -1,0 +1,54 @@
+"""Lists of problems that are made when they are asked for."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from common.tasks.problem import Problem
+
+
+class Lazy(Sequence):
+    """`size` problems. make(i) makes the i-th, once.
+
+    parts: the lists that `make` takes its problems from, if it makes none itself.
+
+    >>> lazy = Lazy(3, lambda i: Problem(str(i), []))
+    >>> lazy[-1].id, [p.id for p in lazy[:2]], len(at_hand(lazy))
+    ('2', ['0', '1'], 3)
+    """
+
+    def __init__(self, size: int, make: Callable[[int], Problem],
+                 parts: Sequence[Sequence[Problem]] = ()):
+        self.size, self.make, self.parts = size, make, parts
+        self.made: dict[int, Problem] = {}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(self.size))]
+        i = place
+        if i < 0:
+            i += self.size
+        if not 0 <= i < self.size:
+            raise IndexError(place)
+        if i not in self.made:
+            self.made[i] = self.make(i)
+        return self.made[i]
+
+
+def at_hand(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems of the list that need not be made first."""
+    if not isinstance(problems, Lazy):
+        return list(problems)
+    if problems.parts:
+        return [problem for part in problems.parts for problem in at_hand(part)]
+    return list(problems.made.values())
+
+
+def picked(parts: Sequence[Sequence[Problem]],
+           places: list[tuple[int, int]]) -> Sequence[Problem]:
+    """parts[k][i] for each place (k, i); lazy if a part is."""
+    if any(isinstance(part, Lazy) for part in parts):
+        return Lazy(len(places), lambda j: parts[places[j][0]][places[j][1]], parts)
+    return [parts[k][i] for k, i in places]
