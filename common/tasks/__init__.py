@@ -16,7 +16,12 @@ and one file per kind of data. It makes problems of that kind and has their judg
 Code has its tests in asserts.py and contests.py; programs.py finds the program in a response.
 """
 from common.tasks.load import (
-    Task, first_different, in_hash_order, load_problems, load_task, take,
+    Task,
+    first_different,
+    in_hash_order,
+    load_problems,
+    load_task,
+    take,
 )
 from common.tasks.problem import Problem
 

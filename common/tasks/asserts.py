@@ -87,6 +87,24 @@ def check_tests(stub: str, name: str, test: str) -> Tests:
     return Tests([name], [name], tests, with_numpy(stub, tests), stub)
 
 
+def pytest_tests(test: str) -> Tests:
+    """The tests of KodCode: functions test_… that import the program's from a module `solution`."""
+    tree = ast.parse(test)
+    names, body = [], []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module == "solution":
+            names += [alias.name for alias in node.names]
+        else:
+            body.append(node)
+    functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    tested = [name for name in functions if name.startswith("test")]
+    if not names or not tested:
+        raise ValueError("field 'test' tests nothing of a module `solution`")
+    source = ast.unparse(ast.Module(body, []))
+    tests = [f"{source}\n{name}()" for name in tested]
+    return Tests(names, names, tests, with_numpy("", tests), "")
+
+
 def with_numpy(setup: str, tests: list[str]) -> str:
     if any("numpy" in test for test in tests):
         return f"{NUMPY}\n{setup}"

@@ -1,11 +1,13 @@
 """Multiple choice: the letter of an option."""
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import string
 from typing import Any
 
-from common.tasks.fields import Record, empty, first, missing
+from common.tasks.fields import Record, empty, first
 from common.tasks.problem import Problem
 
 INSTRUCTION = (
@@ -16,12 +18,15 @@ SEPARATE = (  # sets with a field for each option
     ("opa", "opb", "opc", "opd", "ope"),  # MedMCQA
     ("A", "B", "C", "D", "E", "F"),
     ("option_a", "option_b", "option_c", "option_d", "option_e"),
+    ("ending0", "ending1", "ending2", "ending3"),  # SWAG
     ("sol1", "sol2"),  # PIQA
-    ("option1", "option2"),  # WinoGrande
+    ("option1", "option2", "option3", "option4", "option5"),  # WinoGrande: 1 is the first
 )
+CORRECT = ("Correct Answer", "correct_answer")  # of sets that list the wrong options apart
+WRONG = re.compile(r"(incorrect[ _]answer|distractor)[ _]?\d", re.IGNORECASE)  # GPQA, SciQ
 RIGHT = (  # fields that say which option is right, before "answer"
     "answerKey", "answer_idx", "answer_index", "answer_letter", "correct_option", "correct", "cop",
-    "label", "gold",
+    "label", "gold", "Correct Answer",
 )
 
 
@@ -43,7 +48,7 @@ def letter(record: Record) -> str:
     if empty(answer):
         answer = first(record.data, RIGHT)
     if empty(answer):
-        raise missing(record.where, record.data, "answer")
+        raise record.missing("answer")
     if not isinstance(answer, (str, int)) or isinstance(answer, bool):
         raise record.bad("field 'answer' must be the letter of an option")
     return str(answer).strip()
@@ -61,6 +66,11 @@ def has_options(data: dict) -> bool:
     return any(len(found(data, name)[1]) > 1 for name in OPTIONS) or len(separate(data)) > 1
 
 
+def is_yes_or_no(data: dict) -> bool:
+    """Whether the answer is true or false, as BoolQ's is."""
+    return any(isinstance(data.get(name), bool) for name in ("answer", "Answer"))
+
+
 def options(record: Record) -> tuple[list[str], list[str]]:
     """→ (the labels, the texts) of the options; empty if the record lists none."""
     for name in OPTIONS:
@@ -70,6 +80,10 @@ def options(record: Record) -> tuple[list[str], list[str]]:
     else:
         texts = separate(record.data)
         labels = list(string.ascii_uppercase[: len(texts)])
+        if "option1" in record.data:
+            labels = list(string.digits[1 : len(texts) + 1])
+    if isinstance(record.answer, bool) and not texts:
+        return ["A", "B"], ["yes", "no"]
     if not texts:
         return [], []
     if len(texts) > 26 or len(texts) != len(set(labels)) or not all(map(plain, texts)):
@@ -80,6 +94,9 @@ def options(record: Record) -> tuple[list[str], list[str]]:
 def found(data: dict, name: str) -> tuple[list[str], list]:
     """The labels and texts of one field: a list, or an object of labels and texts."""
     value = data.get(name)
+    if isinstance(value, str) and LETTERED.match(value):
+        _, *parts = LETTERED.split(value)
+        return [label.upper() for label in parts[::2]], [text.strip(" ,") for text in parts[1::2]]
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = json.loads(value)
@@ -99,8 +116,17 @@ def found(data: dict, name: str) -> tuple[list[str], list]:
     return list(string.ascii_uppercase[: len(value)]), value
 
 
+LETTERED = re.compile(r"\b([a-f]) \) ")  # MathQA: "a ) 38 , b ) 27"
+
+
 def separate(data: dict) -> list:
-    """The texts of options that have a field each."""
+    """The texts of options that have a field each. If the right one has a field of its own, their
+    order is that of a hash."""
+    correct = [data[name] for name in CORRECT if plain(data.get(name))]
+    wrong = [value for name, value in data.items() if WRONG.fullmatch(str(name)) and plain(value)]
+    if correct and wrong:
+        texts = map(str, [correct[0], *wrong])
+        return sorted(texts, key=lambda text: hashlib.sha1(text.encode(errors="replace")).digest())
     for names in SEPARATE:
         texts = [data[name] for name in names if plain(data.get(name))]
         if len(texts) > 1:
@@ -129,6 +155,8 @@ def without_label(text: str, label: str) -> str:
 # --------------------------------------------------------------------------------------------------
 def right_label(record: Record, labels: list[str], texts: list[str]) -> str:
     """The label of the right option. The record names the label, its place from 0, or its text."""
+    if isinstance(record.answer, bool):
+        return labels[texts.index("yes" if record.answer else "no")]
     scores = record.data.get("mc1_targets")
     if isinstance(scores, dict):  # TruthfulQA: 1 for the right one, else 0
         places = [i for i, score in enumerate(scores.get("labels", ())) if score == 1]
@@ -143,7 +171,7 @@ def right_label(record: Record, labels: list[str], texts: list[str]) -> str:
         if label:
             return label
     if not answers:
-        raise missing(record.where, record.data, "answer")
+        raise record.missing("answer")
     raise record.bad(f"field 'answer' {answers[0]!r:.100} is none of the options "
                      f"{', '.join(labels)}")
 
@@ -174,3 +202,13 @@ def label_of(answer: Any, labels: list[str], texts: list[str]) -> str:
     if text.isdecimal() and int(text) < len(labels):
         return labels[int(text)]
     return ""
+
+
+def judge(problem: Problem, text: str) -> Verdict:
+    """SDPO's rule for SciKnowEval: the last <answer> block is the right letter, nothing else."""
+    found = last_block(text, "<answer>", "</answer>")
+    if found is None:
+        return Verdict(0.0, "There is no <answer> block; it holds the letter alone.")
+    if found == problem.answer:
+        return Verdict(1.0)
+    return Verdict(0.0, f"The answer {found[:100]} is wrong.")

@@ -12,7 +12,7 @@ import zlib
 from typing import NamedTuple
 
 from common.tasks import contests
-from common.tasks.asserts import assert_tests, check_tests
+from common.tasks.asserts import assert_tests, check_tests, pytest_tests
 from common.tasks.fields import Record
 from common.tasks.problem import Problem
 from common.tasks.programs import last_program
@@ -39,7 +39,13 @@ class Form(NamedTuple):
 
 def has_tests(data: dict) -> bool:
     """Whether a record is one of code."""
-    return "test_list" in data or "entry_point" in data or contests.has_tests(data)
+    if "test_list" in data or "entry_point" in data or is_kodcode(data):
+        return True
+    return contests.has_tests(data)
+
+
+def is_kodcode(data: dict) -> bool:
+    return isinstance(data.get("test"), str) and "from solution import" in data["test"]
 
 
 def from_record(record: Record) -> Problem:
@@ -58,6 +64,11 @@ def read_form(data: dict, question: str) -> Form:
         return mbpp(data, question)
     if "entry_point" in data:
         return humaneval(data, question)
+    if is_kodcode(data):
+        tests = pytest_tests(data["test"])
+        how = f"The program defines {', '.join(tests.names)}."
+        solution = fenced(data["solution"])
+        return Form(f"{question}\n\n{how}", solution, meta_of(tests._asdict()))
     if contests.has_tests(data):
         return contest(data, question)
     raise ValueError("no field test_list, entry_point, input_output or public_test_cases")

@@ -15,17 +15,20 @@ from common.tasks.records import BadRecord
 # leads into an object. --fields gives another name.
 NAMES = {
     "question": (
-        "question", "problem", "prompt", "question_content", "text", "query", "instruction",
-        "messages", "conversations", "question_stem", "description",
+        "question", "problem", "prompt", "question_content", "text", "query", "question_stem",
+        "problem_text", "ctx", "goal", "sentence", "turns", "messages", "conversations",
+        "description", "instruction", "input",
     ),
     "system": ("system",),
     "answer": (
         "answer", "final_answer", "golden_answer", "answerKey", "reward_model.ground_truth",
-        "ground_truth", "expected_answer", "correct_answer", "gold", "target",
+        "ground_truth", "expected_answer", "correct_answer", "answer_number", "gold", "target",
     ),
-    "solution": ("solution", "rationale", "worked_solution", "explanation"),
+    "solution": (
+        "solution", "rationale", "worked_solution", "generated_solution", "response", "explanation",
+    ),
 }
-BEFORE = ("context", "passage", "body")  # text that some sets put before the question
+BEFORE = ("context", "passage", "article", "body")  # text that some sets put before the question
 IMAGE = re.compile(r"(image|picture|figure)s?(_\d+)?")
 
 
@@ -46,10 +49,14 @@ class Record(NamedTuple):
     system: str
     data: dict  # the whole record, as it is in the source
     where: str
-    chat: tuple[dict, ...] | None = None  # the messages before the question, if it is a chat's
+    chat: tuple[dict, ...] | None  # the messages before the question, if it is a chat's
+    renamed: dict[str, str]  # name used here → the field that --fields gives
 
     def bad(self, reason: str) -> BadRecord:
         return BadRecord(self.where, reason)
+
+    def missing(self, name: str) -> BadRecord:
+        return missing(self.where, self.data, name, self.renamed.get(name, name))
 
     def problem(self, kind: str, user: str, answer: str | None, solution: str | None,
                 **meta) -> Problem:
@@ -60,7 +67,8 @@ class Record(NamedTuple):
         messages = [*(self.chat or ()), {"role": "user", "content": user}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
-        name = hashlib.sha1(self.question.encode()).hexdigest()[:16]
+        asked = [*(message["content"] for message in self.chat or ()), self.question]
+        name = hashlib.sha1("\n".join(asked).encode()).hexdigest()[:16]
         meta = {"question": self.question, **meta}
         return Problem(name, messages, answer, solution, kind, meta)
 
@@ -103,11 +111,11 @@ def read_fields(data: dict, where: str, fields: str, needs: tuple[str, ...]) -> 
     system = found["system"] or ""
     if not isinstance(system, str):
         raise BadRecord(where, "field 'system' must be a text")
-    return Record(question, answer, solution or after, system, data, where, chat)
+    return Record(question, answer, solution or after, system, data, where, chat, renamed)
 
 
-def missing(where: str, data: dict, name: str, field: str = "") -> BadRecord:
-    return BadRecord(where, f"field {(field or name)!r} is missing or empty; it has "
+def missing(where: str, data: dict, name: str, field: str) -> BadRecord:
+    return BadRecord(where, f"field {field!r} is missing or empty; it has "
                      f"{', '.join(data)}; name the fields with --fields, e.g. {name}=FIELD")
 
 
@@ -156,6 +164,8 @@ def as_chat(value: Any, where: str, name: str) -> tuple[tuple | None, str, str |
         return None, value, None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return None, str(value), None
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return None, value[0], None
     messages = []
     for message in value if isinstance(value, list) else ():
         if not isinstance(message, dict):

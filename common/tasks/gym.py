@@ -9,23 +9,33 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
+import pickle
+import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 from common import require
+from common.tasks import gym_maker
+from common.tasks.gym_maker import DONE, MAKE, SCORE
 from common.tasks.lazy import Lazy
 from common.tasks.problem import Problem
 from common.verifiers import Verdict
 from common.verifiers.answers import last_block
+from common.verifiers.sandbox import Child, Ended
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 10_000  # training problems
 STRIDE = 10**9  # between seeds: a set's problem i has the random seed `seed + i`
 TRIES = 100  # problems that are made in place of one that is held out
 PROBED = 3  # problems with which a scorer is tried
 NONSENSE = ("", "zzz", "0")  # what no scorer should pay
 SLOW = 0.1  # seconds for a problem from which on the log tells
-SOON = 10.0  # seconds that the held-out problems may take at the start of a run
+MAKERS = 8  # processes that make the held-out problems of a slow set
+LIMIT = 600.0  # seconds for one problem
 INSTRUCTION = (
     "Think step by step, then give only the final answer between <answer> and </answer>."
 )
@@ -39,21 +49,36 @@ EVALUATED = {  # their scorers run the answer as Python
 # --------------------------------------------------------------------------------------------------
 # problems
 # --------------------------------------------------------------------------------------------------
+class Unmade(Exception):
+    """The library's error, in one line."""
+
+
 @functools.cache
-def dataset(name: str, size: int, seed: int):
-    """A reasoning-gym dataset with its default settings."""
-    import reasoning_gym
+def maker(number: int = 0) -> Child:
+    """A process of gym_maker.py. It ends with this one."""
+    env = {**os.environ, "PYTHONHASHSEED": "0"}
+    return Child([sys.executable, "-m", "common.tasks.gym_maker"], cwd=ROOT, env=env)
 
+
+def ask(kind: bytes, *request, number: int = 0):
+    """What a maker answers. Raises Unmade with the library's error."""
     try:
-        return reasoning_gym.create_dataset(name, size=size, seed=seed)
-    except (ValueError, AssertionError, TypeError) as error:  # unknown, or it needs settings
-        reason = str(error) or repr(error)
-        raise SystemExit(f"error: --task gym:{name}: {reason.splitlines()[0]}") from None
+        answer, payload = maker(number).ask(kind, pickle.dumps(request), limit=LIMIT)
+    except Ended as error:
+        raise Unmade(f"the process that makes problems {error}") from None
+    result = pickle.loads(payload)
+    if answer != DONE:
+        raise Unmade(result)
+    return result
 
 
-def problem(name: str, index: int, size: int, seed: int = 0, **meta) -> Problem:
-    """Problem `index` of a dataset of `size` problems."""
-    entry = dataset(name, size, seed)[index]
+def problem(name: str, index: int, size: int, seed: int = 0, *, number: int = 0,
+            **meta) -> Problem:
+    """Problem `index` of a dataset of `size` problems. number: of the maker."""
+    try:
+        entry = ask(MAKE, name, size, seed, index, number=number)
+    except Unmade as error:  # an unknown set, or one that needs settings
+        raise SystemExit(f"error: --task gym:{name}: {error}") from None
     user = f"{entry['question']}\n\n{INSTRUCTION}"
     answer = entry["answer"]
     if answer is not None:
@@ -80,17 +105,26 @@ def divide(name: str, heldout: int, reward: str) -> tuple[Lazy, Lazy, list[str]]
     """
     size = SIZE + heldout
     order = sorted(range(size), key=lambda i: hashlib.sha1(f"gym/{name}/{i}".encode()).digest())
+    first = [problem(name, order[0], size)]  # it takes the library's start, too
     begin = time.perf_counter()
-    first = [problem(name, i, size) for i in order[:PROBED]]
-    seconds = (time.perf_counter() - begin) / len(first)
+    first += [problem(name, i, size) for i in order[1:PROBED]]
+    seconds = (time.perf_counter() - begin) / (PROBED - 1)
     meta, notes = probe(name, first, reward)
     if seconds > SLOW and heldout:
         notes.append(f"gym:{name}: a problem takes {seconds:.1f} s to make, and the {heldout} that "
                      "are held out are made before the first step; --heldout makes them fewer")
-    tests = Lazy(heldout, lambda k: problem(name, order[k], size, **meta))
+    makers = 1
+    if seconds > SLOW:
+        makers = min(MAKERS, len(os.sched_getaffinity(0)))
+    tests = Lazy(heldout, lambda k: problem(name, order[k], size, number=k % makers, **meta))
+    for k, p in enumerate(first[:heldout]):
+        tests.made[k] = replace(p, meta={**p.meta, **meta})
 
     @functools.cache
     def asked() -> set[str]:
+        with ThreadPoolExecutor(makers) as pool:  # each thread has a maker of its own
+            shares = [range(m, heldout, makers) for m in range(makers)]
+            list(pool.map(lambda share: [tests[k] for k in share], shares))
         return {test.messages[0]["content"] for test in tests}
 
     def train(k: int) -> Problem:
@@ -102,9 +136,7 @@ def divide(name: str, heldout: int, reward: str) -> tuple[Lazy, Lazy, list[str]]
                          f"{TRIES} in a row are held out; lower --heldout")
 
     trains = Lazy(SIZE, train)
-    for k, p in enumerate(first[:heldout]):
-        tests.made[k] = replace(p, meta={**p.meta, **meta})
-    if seconds * heldout < SOON:
+    if seconds <= SLOW:
         trains[0]  # ends the run now if nearly all questions are held out
     return trains, tests, notes
 
@@ -112,21 +144,6 @@ def divide(name: str, heldout: int, reward: str) -> tuple[Lazy, Lazy, list[str]]
 # --------------------------------------------------------------------------------------------------
 # scores
 # --------------------------------------------------------------------------------------------------
-@functools.cache
-def scorer(name: str):
-    import reasoning_gym
-
-    return reasoning_gym.get_score_answer_fn(name)
-
-
-def score(name: str, answer: str, entry: dict) -> float:
-    """What the dataset's own scorer pays, from 0 to 1."""
-    paid = float(scorer(name)(answer, entry))
-    if math.isnan(paid):
-        return 0.0
-    return min(max(paid, 0.0), 1.0)
-
-
 def probe(name: str, problems: Sequence[Problem], reward: str) -> tuple[dict, list[str]]:
     """Try the scorer with right, wrong and empty answers.
 
@@ -174,10 +191,17 @@ def same_answer(text: str, answer: str | None) -> bool:
 
 
 def try_score(name: str, text: str, problem: Problem) -> float:
+    """What the scorer pays; nothing for a text that it cannot read."""
     try:
-        return score(name, text, problem.meta["entry"])
-    except Exception:  # a scorer that cannot read a text pays nothing for it
+        return as_share(ask(SCORE, name, text, problem.meta["entry"]))
+    except Unmade:
         return 0.0
+
+
+def as_share(score: float) -> float:
+    if math.isnan(score):
+        return 0.0
+    return min(max(score, 0.0), 1.0)
 
 
 def judge(problem: Problem, text: str) -> Verdict:
@@ -188,7 +212,7 @@ def judge(problem: Problem, text: str) -> Verdict:
         return Verdict(
             0.0, "No final answer was found; it belongs between <answer> and </answer>."
         )
-    paid = score(problem.meta["gym"], found, problem.meta["entry"])
+    paid = as_share(gym_maker.score(problem.meta["gym"], found, problem.meta["entry"]))
     if paid == 1:
         return Verdict(1.0)
     if problem.meta.get("reward") != "score" or paid <= problem.meta["floor"]:

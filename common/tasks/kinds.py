@@ -46,7 +46,7 @@ def kind_of(data: dict) -> str:
     for field, kind in RECOGNISED.items():
         if field in data:
             return kind
-    if choice.has_options(data):
+    if choice.has_options(data) or choice.is_yes_or_no(data):
         return "choice"
     return "math"
 

@@ -188,7 +188,8 @@ def read_problems(spec: str, split: str, how: Options, heldout: int = 0) -> Read
     if source == "chain":
         return Reading(chain.load(spec, name, heldout), [])
     if source == "gym":
-        return Reading(gym.problems(name, gym.SIZE + heldout), [])
+        _, tests, notes = gym.divide(name, heldout or gym.SIZE, how.gym_reward)
+        return Reading(list(tests), notes)
     kind = how.kind
     from_hub = source == "hf"
     if named in SETS and not name:
