@@ -51,30 +51,41 @@ def assert_tests(solution: str, tests: list[str], imports: list[str], setup: str
     imports, setup: source that runs before the tests; `setup` may use the solution's names.
     Raises ValueError if no test uses the solution, SyntaxError if a part is no Python.
     """
-    if not tests or not all(isinstance(test, str) and test.strip() for test in tests):
-        raise ValueError("its tests must be a list of statements")
+    check_texts(tests)
     used = used_names("\n".join([setup, *tests]))
-    tree = ast.parse(solution)
-    own = {}  # in the order of the solution
-    for node in tree.body:
-        own |= dict.fromkeys(sorted(defined_by(node) & used))
+    own: dict[str, None] = {}  # names, in the order of the solution
+    imports, classes = list(imports), {}
+    prelude = "\n".join(imports)
+    for node in ast.parse(solution).body:
+        found = sorted(defined_by(node) & used)
+        own |= dict.fromkeys(found)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports.append(ast.unparse(node))
+        if isinstance(node, ast.ClassDef):
+            classes[node.name] = ast.unparse(node)
     if not own:
         raise ValueError("no test calls a function of the solution")
-    modules = [ast.unparse(node) for node in tree.body if is_import(node)]
-    ready = with_numpy("\n".join([*imports, *modules]), tests)
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    plain = not setup.strip() and not any(node.name in own for node in classes)
+    ready = with_numpy("\n".join(imports), tests)
+    plain = not setup.strip() and not own.keys() & classes.keys()
     if plain and not any(has_more_than_data(test, own) for test in tests):
-        return Tests(list(own), list(own), tests, ready, "\n".join(imports))
+        return Tests(list(own), list(own), tests, ready, prelude)
 
     given = ""  # the program may have classes of these names, too
-    if len(own) > sum(node.name in own for node in classes):
-        given = "\n\n".join(map(ast.unparse, classes))
+    if own.keys() - classes.keys():
+        given = "\n\n".join(classes.values())
     moved = Moved({*own, *defined(ast.parse(setup))})
     new = [moved.test(test) for test in tests]
     epilogue = "\n".join([setup, *moved.functions])
-    prelude = "\n".join([*imports, *modules, given])
-    return Tests(list(moved.calls), list(own), new, ready, prelude, epilogue, moved.calls, given)
+    prelude = "\n".join([*imports, given])
+    return Tests(
+        list(moved.calls), list(own), new, ready, prelude, epilogue, moved.calls, given
+    )
+
+
+def check_texts(tests: list) -> None:
+    for test in tests or [""]:
+        if not isinstance(test, str) or not test.strip():
+            raise ValueError("its tests must be a list of statements")
 
 
 def check_tests(stub: str, name: str, test: str) -> Tests:
@@ -102,12 +113,14 @@ def pytest_tests(test: str) -> Tests:
         raise ValueError("field 'test' tests nothing of a module `solution`")
     source = ast.unparse(ast.Module(body, []))
     tests = [f"{source}\n{name}()" for name in tested]
-    return Tests(names, names, tests, with_numpy("", tests), "")
+    setup = with_numpy("", tests)
+    return Tests(names, names, tests, setup, prelude="")
 
 
 def with_numpy(setup: str, tests: list[str]) -> str:
-    if any("numpy" in test for test in tests):
-        return f"{NUMPY}\n{setup}"
+    for test in tests:
+        if "numpy" in test:
+            return f"{NUMPY}\n{setup}"
     return setup
 
 
@@ -115,11 +128,8 @@ def with_numpy(setup: str, tests: list[str]) -> str:
 # what a test uses
 # --------------------------------------------------------------------------------------------------
 def used_names(source: str) -> set[str]:
-    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-
-
-def is_import(node: ast.stmt) -> bool:
-    return isinstance(node, (ast.Import, ast.ImportFrom))
+    names = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name))
+    return {node.id for node in names}
 
 
 def defined_by(node: ast.stmt) -> set[str]:
@@ -139,12 +149,13 @@ def has_more_than_data(test: str, own: dict[str, None]) -> bool:
     [False, True, True, True]
     """
     for node in ast.walk(ast.parse(test)):
-        if isinstance(node, ast.Call) and root(node) in own:
-            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-            if not isinstance(node.func, ast.Name):  # a method of what a function returns
-                return True
-            if not all(is_data(argument, own) for argument in arguments):
-                return True
+        if not isinstance(node, ast.Call) or root(node) not in own:
+            continue
+        if not isinstance(node.func, ast.Name):  # a method of what a function returns
+            return True
+        named = [keyword.value for keyword in node.keywords]
+        if not all(is_data(argument, own) for argument in [*node.args, *named]):
+            return True
     return False
 
 
@@ -156,24 +167,27 @@ def is_data(node: ast.AST, own: dict[str, None]) -> bool:
         return node.id not in own and node.id not in PLAIN
     parts = list(ast.iter_child_nodes(node))
     if isinstance(node, ast.Call):
-        known = isinstance(node.func, ast.Name) and (node.func.id in own or node.func.id in PLAIN)
-        method = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Constant)
-        if not (known or method):
+        function = parts.pop(0)
+        known = isinstance(function, ast.Name) and function.id in PLAIN.union(own)
+        if not (known or is_method_of_constant(function)):
             return False
-        parts.remove(node.func)
     return all(is_data(part, own) for part in parts)
+
+
+def is_method_of_constant(function: ast.AST) -> bool:
+    return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Constant)
 
 
 def root(node: ast.AST) -> str:
     """The name that f(1), f(1).x and f[0](2) begin with; "" if there is none."""
-    while not isinstance(node, ast.Name):
+    while isinstance(node, (ast.Call, ast.Attribute, ast.Subscript)):
         if isinstance(node, ast.Call):
             node = node.func
-        elif isinstance(node, (ast.Attribute, ast.Subscript)):
-            node = node.value
         else:
-            return ""
-    return node.id
+            node = node.value
+    if isinstance(node, ast.Name):
+        return node.id
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,15 +213,17 @@ class Moved(ast.NodeTransformer):
         self.bound = defined(tree) - self.own
         body = []
         for node in tree.body:
-            uses = used_names(ast.unparse(node)) & self.own
-            if uses and isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
-                names = defined(node)
-                self.own |= names  # it holds an object of the program
-                self.bound -= names
-                body.append(ast.Expr(self.move(node, names)))
-            else:
+            uses = not self.own.isdisjoint(used_names(ast.unparse(node)))
+            if not uses or not isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
                 body.append(self.visit(node))
-        return ast.unparse(ast.fix_missing_locations(ast.Module(body, [])))
+                continue
+            names = defined(node)
+            self.own |= names  # it holds an object of the program
+            self.bound -= names
+            call = self.move(node, names)
+            body.append(ast.Expr(call))
+        module = ast.Module(body, [])
+        return ast.unparse(ast.fix_missing_locations(module))
 
     def visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, ast.expr) and root(node) in self.own:
@@ -218,7 +234,8 @@ class Moved(ast.NodeTransformer):
         """The call of a new function that runs the statement, which sets the global `names`."""
         name = f"_case_{len(self.functions)}"
         source = ast.unparse(node)
-        given = ", ".join(sorted(used_names(source) & self.bound))
+        bound = used_names(source) & self.bound
+        given = ", ".join(sorted(bound))
         scope = ""
         if names:
             scope = f"    global {', '.join(sorted(names))}\n"

@@ -9,6 +9,8 @@ from typing import Any
 
 from common.tasks.fields import Record, empty, first
 from common.tasks.problem import Problem
+from common.verifiers import Verdict
+from common.verifiers.answers import last_block
 
 INSTRUCTION = (
     "Reason step by step, then give only the letter of the answer between <answer> and </answer>."
@@ -63,7 +65,8 @@ def has_options(data: dict) -> bool:
     >>> has_options({"choices": ["x", "y"]}), has_options({"choices": []})
     (True, False)
     """
-    return any(len(found(data, name)[1]) > 1 for name in OPTIONS) or len(separate(data)) > 1
+    sizes = [len(found(data, name)[1]) for name in OPTIONS]
+    return max(*sizes, len(separate(data))) > 1
 
 
 def is_yes_or_no(data: dict) -> bool:
@@ -86,7 +89,8 @@ def options(record: Record) -> tuple[list[str], list[str]]:
         return ["A", "B"], ["yes", "no"]
     if not texts:
         return [], []
-    if len(texts) > 26 or len(texts) != len(set(labels)) or not all(map(plain, texts)):
+    different = len(texts) == len(set(labels)) <= 26
+    if not (different and all(map(plain, texts))):
         raise record.bad("its options are not 2 to 26 texts, each with its own letter")
     return labels, [without_label(str(text), label) for label, text in zip(labels, texts)]
 
@@ -96,7 +100,8 @@ def found(data: dict, name: str) -> tuple[list[str], list]:
     value = data.get(name)
     if isinstance(value, str) and LETTERED.match(value):
         _, *parts = LETTERED.split(value)
-        return [label.upper() for label in parts[::2]], [text.strip(" ,") for text in parts[1::2]]
+        labels = [label.upper() for label in parts[::2]]
+        return labels, [text.strip(" ,") for text in parts[1::2]]
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = json.loads(value)
@@ -111,8 +116,9 @@ def found(data: dict, name: str) -> tuple[list[str], list]:
     if not isinstance(value, list):
         return [], []
     if value and all(isinstance(option, dict) for option in value):
-        labels = [str(first(option, ("label", "key", "id", "letter"))) for option in value]
-        return labels, [first(option, ("text", "value", "content", "option")) for option in value]
+        labels = [first(option, ("label", "key", "id", "letter")) for option in value]
+        texts = [first(option, ("text", "value", "content", "option")) for option in value]
+        return list(map(str, labels)), texts
     return list(string.ascii_uppercase[: len(value)]), value
 
 
@@ -123,15 +129,19 @@ def separate(data: dict) -> list:
     """The texts of options that have a field each. If the right one has a field of its own, their
     order is that of a hash."""
     correct = [data[name] for name in CORRECT if plain(data.get(name))]
-    wrong = [value for name, value in data.items() if WRONG.fullmatch(str(name)) and plain(value)]
+    names = filter(WRONG.fullmatch, map(str, data))
+    wrong = [data[name] for name in names if plain(data.get(name))]
     if correct and wrong:
-        texts = map(str, [correct[0], *wrong])
-        return sorted(texts, key=lambda text: hashlib.sha1(text.encode(errors="replace")).digest())
+        return sorted(map(str, [correct[0], *wrong]), key=digest)
     for names in SEPARATE:
         texts = [data[name] for name in names if plain(data.get(name))]
         if len(texts) > 1:
             return texts
     return []
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha1(text.encode(errors="replace")).digest()
 
 
 def plain(value: Any) -> bool:
@@ -156,7 +166,7 @@ def without_label(text: str, label: str) -> str:
 def right_label(record: Record, labels: list[str], texts: list[str]) -> str:
     """The label of the right option. The record names the label, its place from 0, or its text."""
     if isinstance(record.answer, bool):
-        return labels[texts.index("yes" if record.answer else "no")]
+        return labels[0] if record.answer else labels[1]  # yes, no
     scores = record.data.get("mc1_targets")
     if isinstance(scores, dict):  # TruthfulQA: 1 for the right one, else 0
         places = [i for i, score in enumerate(scores.get("labels", ())) if score == 1]
@@ -187,7 +197,7 @@ def label_of(answer: Any, labels: list[str], texts: list[str]) -> str:
     if isinstance(answer, (int, float)):
         if str(answer) in labels:
             return str(answer)
-        if answer == int(answer) and 0 <= answer < len(labels):
+        if answer in range(len(labels)):
             return labels[int(answer)]
         return ""
     text = answer.strip()

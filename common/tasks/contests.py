@@ -109,9 +109,9 @@ def read_cases(value: Any) -> Cases:
         value = value["test_cases"]
     if isinstance(value, dict):
         name = value.get("fn_name") or ""
-        if "inputs" in value:
-            return Cases(value["inputs"], value["outputs"], name)
-        return Cases(value["input"], value["output"], name)
+        if "input" in value:  # CodeContests
+            return Cases(value["input"], value["output"], name)
+        return Cases(value["inputs"], value["outputs"], name)
     inputs = [case["input"] for case in value]
     outputs = [case["output"] for case in value]
     name = ""

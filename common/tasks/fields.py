@@ -83,7 +83,8 @@ def read_fields(data: dict, where: str, fields: str, needs: tuple[str, ...]) -> 
     needs: the names that must not be empty. Raises BadRecord if a field is missing, empty or of
     another type.
     """
-    renamed = dict(pair.split("=", 1) for pair in fields.split(",") if "=" in pair)
+    pairs = filter(None, fields.split(","))
+    renamed = dict(pair.split("=", 1) for pair in pairs)
     data = {str(key): value for key, value in data.items()}
     found = {}
     any_case = {key.lower(): value for key, value in data.items()} | data
@@ -99,19 +100,20 @@ def read_fields(data: dict, where: str, fields: str, needs: tuple[str, ...]) -> 
         if IMAGE.fullmatch(key.lower()) and value:
             raise BadRecord(where, f"field {key!r} has an image, and models here read text alone")
 
-    chat, question, after = as_chat(found["question"], where, renamed.get("question", "question"))
+    name = renamed.get("question", "question")
+    chat, question, after = as_chat(found["question"], where, name)
     if "question" not in renamed and chat is None:
         before = [any_case.get(name) for name in BEFORE]
-        texts = [text.strip() for text in before if isinstance(text, str) and text.strip()]
-        question = "\n\n".join([*texts, question])
-    solution = as_solution(found["solution"], where, renamed.get("solution", "solution"))
-    answer = found["answer"]
+        texts = [text.strip() for text in before if isinstance(text, str)]
+        question = "\n\n".join([*filter(None, texts), question])
+    name = renamed.get("solution", "solution")
+    solution = as_solution(found["solution"], where, name) or after
+    answer, system = found["answer"], found["system"] or ""
     if answer is None:
         answer = ""
-    system = found["system"] or ""
     if not isinstance(system, str):
         raise BadRecord(where, "field 'system' must be a text")
-    return Record(question, answer, solution or after, system, data, where, chat, renamed)
+    return Record(question, answer, solution, system, data, where, chat, renamed)
 
 
 def missing(where: str, data: dict, name: str, field: str) -> BadRecord:
@@ -172,16 +174,18 @@ def as_chat(value: Any, where: str, name: str) -> tuple[tuple | None, str, str |
             break
         role = message.get("role", message.get("from"))
         text = message.get("content", message.get("value"))
-        if not isinstance(text, str):
+        if not isinstance(text, str) or not text.strip():
             break
         messages.append({"role": ROLES.get(role, role), "content": text})
-    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if not asked or len(messages) < len(value) or not messages[asked[-1]]["content"].strip():
+    roles = [message["role"] for message in messages]
+    if "user" not in roles or len(messages) < len(value):
         raise BadRecord(where, f"field {name!r} must be a text, or a list of messages of which one "
                         "is the user's")
-    last = asked[-1]
-    after = [message["content"] for message in messages[last + 1 :]]
-    return tuple(messages[:last]), messages[last]["content"], next(iter(after), None)
+    last = len(roles) - 1 - roles[::-1].index("user")
+    after = None
+    if last + 1 < len(messages):
+        after = messages[last + 1]["content"]
+    return tuple(messages[:last]), messages[last]["content"], after
 
 
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT

@@ -89,7 +89,7 @@ def problem(name: str, index: int, size: int, seed: int = 0, *, number: int = 0,
         messages=[{"role": "user", "content": user}],
         answer=answer,
         kind="gym",
-        meta={"gym": name, "entry": entry, **meta},
+        meta={"question": entry["question"], "gym": name, "entry": entry, **meta},
     )
 
 

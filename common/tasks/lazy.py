@@ -27,11 +27,7 @@ class Lazy(Sequence):
     def __getitem__(self, place):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(self.size))]
-        i = place
-        if i < 0:
-            i += self.size
-        if not 0 <= i < self.size:
-            raise IndexError(place)
+        i = range(self.size)[place]  # what a list does with negative and other numbers
         if i not in self.made:
             self.made[i] = self.make(i)
         return self.made[i]
@@ -49,6 +45,12 @@ def at_hand(problems: Sequence[Problem]) -> list[Problem]:
 def picked(parts: Sequence[Sequence[Problem]],
            places: list[tuple[int, int]]) -> Sequence[Problem]:
     """parts[k][i] for each place (k, i); lazy if a part is."""
+
+    def make(j: int) -> Problem:
+        k, i = places[j]
+        return parts[k][i]
+
+    lazy = Lazy(len(places), make, parts)
     if any(isinstance(part, Lazy) for part in parts):
-        return Lazy(len(places), lambda j: parts[places[j][0]][places[j][1]], parts)
-    return [parts[k][i] for k, i in places]
+        return lazy
+    return list(lazy)

@@ -102,37 +102,53 @@ def load_task(spec: str, *, heldout: int, against: str = "", **options) -> Task:
         notes += part.notes
         summary += summarise(name, part)
 
-    heldout_parts = [part.heldout for part in parts]
-    places = [(k, i) for k, part in enumerate(heldout_parts) for i in range(len(part))]
-    tests = picked(heldout_parts, places)
-    evaluation = {"the held-out problems": [p for part in heldout_parts for p in at_hand(part)]}
+    tests = joined([part.heldout for part in parts])
+    evaluation = {"the held-out problems": at_hand(tests)}
     for name in filter(None, against.split(",")):
         evaluation[name] = read_problems(name, "test", Options(data_dir=how.data_dir)).problems
-    asked = set()
-    for problems in evaluation.values():
-        asked |= set(map(question, problems))
+    require(tests or not heldout, f"--task {spec}: no problem is held out; raise --heldout")
     kept = []
     for (_, name), part in zip(mixed, parts):
-        train = part.train
-        if not isinstance(train, Lazy):
-            train = [problem for problem in train if question(problem) not in asked]
+        train = without(part.train, evaluation)
         kept.append(train)
         require(train, f"--task {name}: no training question is left, for all are in an evaluation "
                 "set; give more data, or take that set out of --against")
-    require(tests or not heldout, f"--task {spec}: no problem is held out; raise --heldout")
-
-    everything = [problem for train in kept for problem in at_hand(train)]
-    for name, problems in evaluation.items():
-        shared = len(overlap(everything, problems))
-        if shared:
-            notes.append(f"{shared} of {len(everything)} training questions share 13 words in a "
-                         f"row with {name}")
+    notes += overlaps([problem for train in kept for problem in at_hand(train)], evaluation)
     removed = sum(len(part.train) for part in parts) - sum(map(len, kept))
     if removed:
         notes.append(f"{removed} training questions were removed, for they are in an evaluation "
                      "set")
     places = [[(k, i) for i in range(len(train))] for k, train in enumerate(kept)]
     return Task(picked(kept, blend(weights, places)), tests, tuple(notes), tuple(summary))
+
+
+def joined(parts: list[Sequence[Problem]]) -> Sequence[Problem]:
+    places = []
+    for k, part in enumerate(parts):
+        places += [(k, i) for i in range(len(part))]
+    return picked(parts, places)
+
+
+def without(train: Sequence[Problem], evaluation: dict[str, list[Problem]]) -> Sequence[Problem]:
+    """The training problems whose question is in no evaluation set. A lazy list sees to that
+    itself, as far as its own held-out problems go."""
+    if isinstance(train, Lazy):
+        return train
+    asked = set()
+    for problems in evaluation.values():
+        asked |= set(map(question, problems))
+    return [problem for problem in train if question(problem) not in asked]
+
+
+def overlaps(train: list[Problem], evaluation: dict[str, list[Problem]]) -> list[str]:
+    """How many training problems share 13 words in a row with each evaluation set."""
+    notes = []
+    for name, problems in evaluation.items():
+        shared = len(overlap(train, problems))
+        if shared:
+            notes.append(f"{shared} of {len(train)} training questions share 13 words in a row "
+                         f"with {name}")
+    return notes
 
 
 def divide(name: str, count: int, how: Options) -> Part:

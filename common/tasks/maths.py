@@ -17,8 +17,8 @@ ASKS = r"boxed|####|<answer>|(?i:answer:)"  # what a prompt has that says where 
 
 
 def from_record(record: Record, instruction: str | None) -> Problem:
-    """An answer that ends in "#### N", as GSM8K's do, or a long one with a box is a solution and its
-    answer. Without an answer, as in MATH, it is that of the solution.
+    """An answer that ends in "#### N", as GSM8K's do, or a long one with a box is a solution and
+    its answer. Without an answer, as in MATH, it is that of the solution.
 
     instruction: text that is added to the question; None takes INSTRUCTION, unless the question is
     a chat that says itself how to answer.
