@@ -116,7 +116,11 @@ class Rollouts:
         self.verifier = Verifier(
             allow_unsafe_exec=setup.allow_unsafe_exec, restarts=restarts
         )
-        self.verifier.check(problems[run.rank :: run.world])  # a bad reference ends the run here
+        bad = self.verifier.unusable(problems[run.rank :: run.world])
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, bad)
+        self.task = self.task.without([pair for part in everywhere for pair in part])
+        problems = self.task.at_hand
         self.context_length = model_context(args.model)  # tokens that the model can read
         self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
         self.check_lengths([problem.messages for problem in problems])
@@ -257,6 +261,12 @@ class Rollouts:
         prompts = sampling.pop("prompts", None)
         if prompts is None:
             prompts = [self.chat_ids(problem.messages) for problem in problems]
+            longest = max(map(len, prompts), default=0)  # also of a problem that was made just now
+            require(
+                longest + args.max_tokens <= self.context_length,
+                f"a prompt of {longest} tokens and --max_tokens {args.max_tokens} exceed the "
+                f"model's context of {self.context_length}; lower --max_tokens",
+            )
         settings = {
             "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p,
         }

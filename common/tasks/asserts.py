@@ -18,6 +18,8 @@ PLAIN = {  # built-in functions that make plain data of plain data
     "abs", "bool", "bytes", "chr", "complex", "dict", "float", "frozenset", "int", "len", "list",
     "max", "min", "ord", "pow", "range", "repr", "round", "set", "sorted", "str", "sum", "tuple",
 }
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.If, ast.Try)
 NUMPY = '''
 import sys
 def _close(a, b, rtol=1e-05, atol=1e-08):
@@ -52,13 +54,12 @@ def assert_tests(solution: str, tests: list[str], imports: list[str], setup: str
     Raises ValueError if no test uses the solution, SyntaxError if a part is no Python.
     """
     check_texts(tests)
-    used = used_names("\n".join([setup, *tests]))
+    source = "\n".join([setup, *tests])
     own: dict[str, None] = {}  # names, in the order of the solution
     imports, classes = list(imports), {}
     prelude = "\n".join(imports)
     for node in ast.parse(solution).body:
-        found = sorted(defined_by(node) & used)
-        own |= dict.fromkeys(found)
+        own |= dict.fromkeys(used_definitions(node, source))
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             imports.append(ast.unparse(node))
         if isinstance(node, ast.ClassDef):
@@ -128,17 +129,27 @@ def with_numpy(setup: str, tests: list[str]) -> str:
 # what a test uses
 # --------------------------------------------------------------------------------------------------
 def used_names(source: str) -> set[str]:
-    names = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name))
-    return {node.id for node in names}
+    return {node.id for node in nodes(source, ast.Name)}
 
 
-def defined_by(node: ast.stmt) -> set[str]:
-    """The names that a statement of a module defines there."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return {node.name}
-    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.If, ast.Try)):
-        return defined(node)
-    return set()
+def nodes(source: str, kind: type) -> list[ast.AST]:
+    everything = ast.walk(ast.parse(source))
+    return [node for node in everything if isinstance(node, kind)]
+
+
+def used_definitions(node: ast.stmt, tests: str) -> list[str]:
+    """The names that a statement of a module defines and tests use: functions, classes, and
+    variables that are called, as `f = lambda x: x` is.
+
+    >>> [used_definitions(ast.parse(x).body[0], "f(x)") for x in ("f = abs", "x = 1", "class x: 0")]
+    [['f'], [], ['x']]
+    """
+    if isinstance(node, DEFINITIONS):
+        return sorted({node.name} & used_names(tests))
+    if not isinstance(node, ASSIGNMENTS):
+        return []
+    calls = nodes(tests, ast.Call)
+    return sorted(defined(node) & set(map(root, calls)))
 
 
 def has_more_than_data(test: str, own: dict[str, None]) -> bool:
@@ -148,8 +159,8 @@ def has_more_than_data(test: str, own: dict[str, None]) -> bool:
     >>> [has_more_than_data(x, own) for x in ("f([1], g(2))", "f(lambda x: x)", "f(g)", "f(P(1))")]
     [False, True, True, True]
     """
-    for node in ast.walk(ast.parse(test)):
-        if not isinstance(node, ast.Call) or root(node) not in own:
+    for node in nodes(test, ast.Call):
+        if root(node) not in own:
             continue
         if not isinstance(node.func, ast.Name):  # a method of what a function returns
             return True

@@ -105,7 +105,7 @@ def meta_of(tests: dict) -> dict:
     tests.pop("given")
     if not tests["epilogue"]:
         del tests["epilogue"], tests["calls"]
-    return tests
+    return {**tests, "asserts": True}
 
 
 def contest(data: dict, question: str) -> Form:

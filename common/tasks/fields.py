@@ -69,7 +69,7 @@ class Record(NamedTuple):
             messages.insert(0, {"role": "system", "content": self.system})
         asked = [*(message["content"] for message in self.chat or ()), self.question]
         name = hashlib.sha1("\n".join(asked).encode()).hexdigest()[:16]
-        meta = {"question": self.question, **meta}
+        meta = {"question": self.question, "where": self.where, **meta}
         return Problem(name, messages, answer, solution, kind, meta)
 
 

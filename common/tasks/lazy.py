@@ -9,7 +9,8 @@ from common.tasks.problem import Problem
 class Lazy(Sequence):
     """`size` problems. make(i) makes the i-th, once.
 
-    parts: the lists that `make` takes its problems from, if it makes none itself.
+    parts, places: the lists that `make` takes its problems from, and from where, if it makes none
+    itself.
 
     >>> lazy = Lazy(3, lambda i: Problem(str(i), []))
     >>> lazy[-1].id, [p.id for p in lazy[:2]], len(at_hand(lazy))
@@ -17,8 +18,10 @@ class Lazy(Sequence):
     """
 
     def __init__(self, size: int, make: Callable[[int], Problem],
-                 parts: Sequence[Sequence[Problem]] = ()):
-        self.size, self.make, self.parts = size, make, parts
+                 parts: Sequence[Sequence[Problem]] = (),
+                 places: list[tuple[int, int]] | None = None):
+        self.size, self.make = size, make
+        self.parts, self.places = parts, places
         self.made: dict[int, Problem] = {}
 
     def __len__(self) -> int:
@@ -50,7 +53,21 @@ def picked(parts: Sequence[Sequence[Problem]],
         k, i = places[j]
         return parts[k][i]
 
-    lazy = Lazy(len(places), make, parts)
+    lazy = Lazy(len(places), make, parts, places)
     if any(isinstance(part, Lazy) for part in parts):
         return lazy
     return list(lazy)
+
+
+def without(problems: Sequence[Problem], ids: set[str]) -> Sequence[Problem]:
+    """The list without the problems of these ids that are at hand."""
+    if not isinstance(problems, Lazy):
+        return [problem for problem in problems if problem.id not in ids]
+    if problems.places is None:
+        return problems
+    kept = []
+    for k, i in problems.places:
+        part = problems.parts[k]
+        if isinstance(part, Lazy) or part[i].id not in ids:
+            kept.append((k, i))
+    return picked(problems.parts, kept)

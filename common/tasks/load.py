@@ -30,7 +30,7 @@ from common import require
 from common.tasks import chain, gym
 from common.tasks.fields import check_fields
 from common.tasks.kinds import as_problem
-from common.tasks.lazy import Lazy, at_hand, picked
+from common.tasks.lazy import Lazy, at_hand, picked, without
 from common.tasks.mixtures import blend, mixture, overlap, question
 from common.tasks.problem import Problem
 from common.tasks.records import BadRecord, Records, read_hub, read_records
@@ -50,6 +50,34 @@ class Task:
     def at_hand(self) -> list[Problem]:
         """The problems that are there; those that are made as they are needed are not."""
         return [*at_hand(self.heldout), *at_hand(self.train)]
+
+    def without(self, bad: list[tuple[Problem, str]]) -> Task:
+        """The task without problems that cannot be judged, each of which comes with the reason.
+
+        Raises SystemExit if one of them is from a source whose bad records are not left out.
+        """
+        ids = {problem.id for problem, _ in bad}
+        for problem, reason in bad:
+            skip = problem.meta.get("skip", False)
+            require(skip, f"{len(ids)} problems cannot be judged, the first is {place(problem)}: "
+                    f"{reason}; mend or remove them, or leave them out with --bad_records skip")
+        if not bad:
+            return self
+        errors = [BadRecord(place(problem), reason) for problem, reason in bad]
+        notes = left_out("the check before the run", len(self.at_hand), errors)
+        task = Task(
+            without(self.train, ids), without(self.heldout, ids), (*self.notes, *notes),
+            self.summary,
+        )
+        require(task.train and task.heldout, f"{len(ids)} problems cannot be judged, and nothing "
+                f"is left to train on or to evaluate on; the first is {place(bad[0][0])}: "
+                f"{bad[0][1]}")
+        return task
+
+
+def place(problem: Problem) -> str:
+    """Where the problem is: its record's place, or its id."""
+    return problem.meta.get("where", f"problem {problem.id}")
 
 
 class Options(NamedTuple):
@@ -109,11 +137,12 @@ def load_task(spec: str, *, heldout: int, against: str = "", **options) -> Task:
     require(tests or not heldout, f"--task {spec}: no problem is held out; raise --heldout")
     kept = []
     for (_, name), part in zip(mixed, parts):
-        train = without(part.train, evaluation)
+        train = not_evaluated(part.train, evaluation)
         kept.append(train)
         require(train, f"--task {name}: no training question is left, for all are in an evaluation "
                 "set; give more data, or take that set out of --against")
-    notes += overlaps([problem for train in kept for problem in at_hand(train)], evaluation)
+    lists = [train for train in kept if not isinstance(train, Lazy)]
+    notes += overlaps([problem for train in lists for problem in train], evaluation)
     removed = sum(len(part.train) for part in parts) - sum(map(len, kept))
     if removed:
         notes.append(f"{removed} training questions were removed, for they are in an evaluation "
@@ -129,7 +158,8 @@ def joined(parts: list[Sequence[Problem]]) -> Sequence[Problem]:
     return picked(parts, places)
 
 
-def without(train: Sequence[Problem], evaluation: dict[str, list[Problem]]) -> Sequence[Problem]:
+def not_evaluated(train: Sequence[Problem],
+                  evaluation: dict[str, list[Problem]]) -> Sequence[Problem]:
     """The training problems whose question is in no evaluation set. A lazy list sees to that
     itself, as far as its own held-out problems go."""
     if isinstance(train, Lazy):
@@ -244,6 +274,7 @@ def read_all(spec: str, records: Records, how: Options, skip: bool) -> Reading:
                 contradicted.add(asked)
                 raise BadRecord(where, f"field 'answer' has {problem.answer!r:.60}, but the same "
                                 f"question has {before.answer!r:.60} in {place}")
+            problem.meta["skip"] = skip
             different[asked] = (problem, where)
         except BadRecord as error:
             if not skip:
@@ -287,7 +318,7 @@ def summarise(name: str, part: Part) -> list[str]:
     if isinstance(part.train, Lazy):
         lines = [f"{name}: {len(part.train):,} problems to train on, {len(part.heldout):,} held "
                  "out, made as they are needed"]
-    for problem in (at_hand(part.train) or at_hand(part.heldout))[:3]:
+    for problem in [*at_hand(part.train)[:3], *at_hand(part.heldout)[:3]][:3]:
         answer = f"{len(problem.meta.get('tests', ()))} tests"
         if problem.answer is not None:
             answer = f"answer {short(problem.answer)}"
