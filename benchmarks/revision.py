@@ -159,7 +159,7 @@ def self_localisation(args: Args, settings: dict) -> dict[int, list[list[float]]
     sampler.load(full_weights(policy))
     task = load_task(
         settings["task"], heldout=settings["heldout"], fields=settings["fields"],
-        kind=settings["kind"], instruction=settings["instruction"], data_dir=settings["data_dir"],
+        kind=settings.get("kind", ""), instruction=settings["instruction"], data_dir=settings["data_dir"],
     )
     problems = task.train[-args.responses :]
     prompts = [chat_ids(tokenizer, problem.messages, settings["thinking"]) for problem in problems]
