@@ -322,7 +322,8 @@ def test_a_solution_that_is_no_text_is_refused_in_words(given):
 SCORERS = {  # what a made-up scorer pays for (answer, the right one, the answer of another problem)
     "exact": lambda text, right: float(text == right),
     "a floor": lambda text, right: 1.0 if text == right else 0.01,
-    "partial": lambda text, right: 1.0 if text == right else 0.9 if text.isdecimal() else 0.0,
+    "partial": lambda text, right: 1.0 if text == right else 0.9 if text.isdecimal() and text != "0" else 0.0,
+    "a little": lambda text, right: 1.0 if text == right else 0.2 if text.isdecimal() and text != "0" else 0.0,
     "anything": lambda text, right: float(text != ""),
     "empty": lambda text, right: float(text in ("", right)),
     "others": lambda text, right: float(text.isdecimal() and text != "0"),
@@ -356,8 +357,9 @@ def made_up(monkeypatch):
 
 
 @pytest.mark.parametrize("name, reward, floor, words", [
-    ("exact", "score", 0, None), ("a floor", "score", 0.01, "pays up to 0.01 for an empty or senseless answer"),
-    ("a floor", "full", 0.01, None), ("partial", "score", 0.9, "pays up to 0.9 for an empty or senseless answer"),
+    ("exact", "score", 0, None), ("a floor", "score", 0.01, "pays up to 0.01 for an empty or wrong answer"),
+    ("a floor", "full", 0.01, None), ("partial", "score", 0.9, "pays up to 0.9 for an empty or wrong answer"),
+    ("a little", "score", 0, "pays up to 0.2 for the answer of another problem; --gym_reward full pays right answers alone"),
     ("broken", "score", 0, None), ("open", "score", 0, None)])
 def test_what_a_scorer_pays_for_nonsense_counts_as_nothing_and_is_told(made_up, name, reward, floor, words):
     task = load_task(f"gym:{name}", heldout=5, gym_reward=reward)

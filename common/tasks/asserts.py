@@ -8,6 +8,7 @@ compares what that returns. The expected result stays where it was.
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import textwrap
 from typing import NamedTuple
@@ -48,7 +49,8 @@ class Tests(NamedTuple):
 
 
 def assert_tests(solution: str, tests: list[str], imports: list[str], setup: str) -> Tests:
-    """The tests of a record. They use functions, classes or variables of its solution.
+    """The tests of a record. They use functions, classes or variables of its solution; without one
+    what they call and Python does not have is the program's.
 
     imports, setup: source that runs before the tests; `setup` may use the solution's names.
     Raises ValueError if no test uses the solution, SyntaxError if a part is no Python.
@@ -64,6 +66,8 @@ def assert_tests(solution: str, tests: list[str], imports: list[str], setup: str
             imports.append(ast.unparse(node))
         if isinstance(node, ast.ClassDef):
             classes[node.name] = ast.unparse(node)
+    if not solution:
+        own = dict.fromkeys(called_names(source))
     if not own:
         raise ValueError("no test calls a function of the solution")
     ready = with_numpy("\n".join(imports), tests)
@@ -135,6 +139,17 @@ def used_names(source: str) -> set[str]:
 def nodes(source: str, kind: type) -> list[ast.AST]:
     everything = ast.walk(ast.parse(source))
     return [node for node in everything if isinstance(node, kind)]
+
+
+def called_names(tests: str) -> list[str]:
+    """What the tests call and neither define themselves nor find in Python.
+
+    >>> called_names("from math import pi, cos\\nassert abs(f(cos(pi))) == g(1).x")
+    ['f', 'g']
+    """
+    known = {"", *dir(builtins), *defined(ast.parse(tests))}
+    calls = nodes(tests, ast.Call)
+    return sorted(set(map(root, calls)) - known)
 
 
 def used_definitions(node: ast.stmt, tests: str) -> list[str]:

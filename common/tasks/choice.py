@@ -15,15 +15,17 @@ from common.verifiers.answers import last_block
 INSTRUCTION = (
     "Reason step by step, then give only the letter of the answer between <answer> and </answer>."
 )
-OPTIONS = ("choices", "options", "endings", "mc1_targets")  # fields that hold the options
-SEPARATE = (  # sets with a field for each option
-    ("opa", "opb", "opc", "opd", "ope"),  # MedMCQA
-    ("A", "B", "C", "D", "E", "F"),
-    ("option_a", "option_b", "option_c", "option_d", "option_e"),
-    ("ending0", "ending1", "ending2", "ending3"),  # SWAG
-    ("sol1", "sol2"),  # PIQA
-    ("option1", "option2", "option3", "option4", "option5"),  # WinoGrande: 1 is the first
-)
+OPTIONS = ("choices", "options", "endings", "answers", "mc1_targets")  # fields of options
+SEPARATE = {  # fields of sets that have one for each option → the options' letters
+    ("opa", "opb", "opc", "opd", "ope"): "ABCDE",  # MedMCQA
+    ("A", "B", "C", "D", "E", "F"): "ABCDEF",  # CMMLU, C-Eval
+    ("option_a", "option_b", "option_c", "option_d", "option_e"): "ABCDE",
+    ("option1", "option2", "option3", "option4", "option5"): "12345",  # WinoGrande
+    ("answerA", "answerB", "answerC"): "123",  # SocialIQA
+    ("answer0", "answer1", "answer2", "answer3"): "ABCD",  # CosmosQA
+    ("choice1", "choice2"): "AB",  # COPA
+    ("sol1", "sol2"): "AB",  # PIQA
+}
 CORRECT = ("Correct Answer", "correct_answer")  # of sets that list the wrong options apart
 WRONG = re.compile(r"(incorrect[ _]answer|distractor)[ _]?\d", re.IGNORECASE)  # GPQA, SciQ
 RIGHT = (  # fields that say which option is right, before "answer"
@@ -66,7 +68,7 @@ def has_options(data: dict) -> bool:
     (True, False)
     """
     sizes = [len(found(data, name)[1]) for name in OPTIONS]
-    return max(*sizes, len(separate(data))) > 1
+    return max(*sizes, len(separate(data)[1])) > 1
 
 
 def is_yes_or_no(data: dict) -> bool:
@@ -81,10 +83,7 @@ def options(record: Record) -> tuple[list[str], list[str]]:
         if texts:
             break
     else:
-        texts = separate(record.data)
-        labels = list(string.ascii_uppercase[: len(texts)])
-        if "option1" in record.data:
-            labels = list(string.digits[1 : len(texts) + 1])
+        labels, texts = separate(record.data)
     if isinstance(record.answer, bool) and not texts:
         return ["A", "B"], ["yes", "no"]
     if not texts:
@@ -99,7 +98,7 @@ def found(data: dict, name: str) -> tuple[list[str], list]:
     """The labels and texts of one field: a list, or an object of labels and texts."""
     value = data.get(name)
     if isinstance(value, str) and LETTERED.match(value):
-        _, *parts = LETTERED.split(value)
+        parts = LETTERED.split(value)[1:]
         labels = [label.upper() for label in parts[::2]]
         return labels, [text.strip(" ,") for text in parts[1::2]]
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
@@ -113,7 +112,7 @@ def found(data: dict, name: str) -> tuple[list[str], list]:
             labels = value.get("label") or string.ascii_uppercase[: len(texts)]
             return list(map(str, labels)), texts
         return list(map(str, value)), list(value.values())  # MedQA: {"A": …}
-    if not isinstance(value, list):
+    if not isinstance(value, list) or (name == "answers" and "label" not in data):
         return [], []
     if value and all(isinstance(option, dict) for option in value):
         labels = [first(option, ("label", "key", "id", "letter")) for option in value]
@@ -125,19 +124,22 @@ def found(data: dict, name: str) -> tuple[list[str], list]:
 LETTERED = re.compile(r"\b([a-f]) \) ")  # MathQA: "a ) 38 , b ) 27"
 
 
-def separate(data: dict) -> list:
-    """The texts of options that have a field each. If the right one has a field of its own, their
-    order is that of a hash."""
+def separate(data: dict) -> tuple[list[str], list]:
+    """The labels and texts of options that have a field each. If the right one has a field of its
+    own, their order is that of a hash."""
     correct = [data[name] for name in CORRECT if plain(data.get(name))]
     names = filter(WRONG.fullmatch, map(str, data))
     wrong = [data[name] for name in names if plain(data.get(name))]
     if correct and wrong:
-        return sorted(map(str, [correct[0], *wrong]), key=digest)
-    for names in SEPARATE:
+        texts = map(str, [correct[0], *wrong])
+        labels = string.ascii_uppercase[: len(wrong) + 1]
+        shuffled = sorted(texts, key=digest)
+        return list(labels), shuffled
+    for names, letters in SEPARATE.items():
         texts = [data[name] for name in names if plain(data.get(name))]
         if len(texts) > 1:
-            return texts
-    return []
+            return list(letters[: len(texts)]), texts
+    return [], []
 
 
 def digest(text: str) -> bytes:

@@ -39,9 +39,20 @@ class Form(NamedTuple):
 
 def has_tests(data: dict) -> bool:
     """Whether a record is one of code."""
-    if "test_list" in data or "entry_point" in data or is_kodcode(data):
+    if asserts(data) is not None or "entry_point" in data or is_kodcode(data):
         return True
     return contests.has_tests(data)
+
+
+def asserts(data: dict) -> list | None:
+    """The field with assert tests: MBPP's, or another list of such texts."""
+    if "test_list" in data:
+        return data["test_list"]
+    for name in ("test_cases", "tests"):  # AceCode
+        tests = data.get(name)
+        if isinstance(tests, list) and tests and str(tests[0]).lstrip().startswith("assert"):
+            return tests
+    return None
 
 
 def is_kodcode(data: dict) -> bool:
@@ -60,7 +71,7 @@ def from_record(record: Record) -> Problem:
 
 
 def read_form(data: dict, question: str) -> Form:
-    if "test_list" in data:
+    if asserts(data) is not None:
         return mbpp(data, question)
     if "entry_point" in data:
         return humaneval(data, question)
@@ -79,9 +90,9 @@ def fenced(code: str) -> str:
 
 
 def mbpp(data: dict, question: str) -> Form:
-    """MBPP: assert statements, and a solution whose functions they call. MBPP+ has more tests in
-    `test`."""
-    code, shown = data["code"], data["test_list"]
+    """MBPP: assert statements, and perhaps a solution whose functions they call. MBPP+ has more
+    tests in `test`."""
+    code, shown = data.get("code") or "", asserts(data)
     more = [data[name] for name in ("test",) if data.get(name)]
     imports, setup = data.get("test_imports") or [], data.get("test_setup_code") or ""
     tests = assert_tests(code, [*shown, *more], imports, setup)
@@ -90,7 +101,8 @@ def mbpp(data: dict, question: str) -> Form:
         user += f"\n\nBefore the tests, this runs:\n{fenced(setup)}"
     if tests.given:
         user += f"\n\nThese classes are there:\n{fenced(tests.given)}"
-    return Form(user, fenced(code), meta_of(tests._asdict()))
+    solution = fenced(code) if code else None
+    return Form(user, solution, meta_of(tests._asdict()))
 
 
 def humaneval(data: dict, question: str) -> Form:

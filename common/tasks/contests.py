@@ -64,7 +64,9 @@ class Cases(NamedTuple):
 def has_tests(data: dict) -> bool:
     """Whether a record is a contest's: it has APPS's or LiveCodeBench's field of tests, or a field
     whose value looks like tests."""
-    if "input_output" in data or "public_test_cases" in data or CODE_CONTESTS[0] in data:
+    if {"input_output", "public_test_cases", CODE_CONTESTS[0]} & data.keys():
+        return True
+    if "inputs" in data and "outputs" in data:
         return True
     for field in FIELDS:
         try:
@@ -84,6 +86,8 @@ def tests(data: dict) -> dict:
         inputs = [text for part in parts for text in part.inputs]
         outputs = [text for part in parts for text in part.outputs]
         return of_cases(Cases(inputs, outputs))
+    if "inputs" in data and "outputs" in data:
+        return of_cases(read_cases(data))
     for field in FIELDS:
         value = lookup(data, field)
         if field in data and value in (None, "", [], {}):
@@ -109,9 +113,9 @@ def read_cases(value: Any) -> Cases:
         value = value["test_cases"]
     if isinstance(value, dict):
         name = value.get("fn_name") or ""
-        if "input" in value:  # CodeContests
+        if "inputs" not in value and "input" in value:  # CodeContests
             return Cases(value["input"], value["output"], name)
-        return Cases(value["inputs"], value["outputs"], name)
+        return Cases(as_list(value["inputs"]), as_list(value["outputs"]), name)
     inputs = [case["input"] for case in value]
     outputs = [case["output"] for case in value]
     name = ""
@@ -121,6 +125,13 @@ def read_cases(value: Any) -> Cases:
     if not value:
         raise ValueError("its list of tests is empty")
     return Cases(inputs, outputs, name, in_json=True)
+
+
+def as_list(value: Any) -> Any:
+    """A list, perhaps as text in JSON."""
+    if isinstance(value, str):
+        return from_json(value)
+    return value
 
 
 def livecodebench(data: dict) -> dict:

@@ -22,13 +22,14 @@ NAMES = {
     "system": ("system",),
     "answer": (
         "answer", "final_answer", "golden_answer", "answerKey", "reward_model.ground_truth",
-        "ground_truth", "expected_answer", "correct_answer", "answer_number", "gold", "target",
+        "ground_truth", "verification_info.ground_truth", "expected_answer", "correct_answer",
+        "answer_number", "gold", "target",
     ),
     "solution": (
         "solution", "rationale", "worked_solution", "generated_solution", "response", "explanation",
     ),
 }
-BEFORE = ("context", "passage", "article", "body")  # text that some sets put before the question
+BEFORE = ("context", "passage", "article", "premise", "body")  # what stands before the question
 IMAGE = re.compile(r"(image|picture|figure)s?(_\d+)?")
 
 

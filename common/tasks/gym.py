@@ -33,6 +33,7 @@ STRIDE = 10**9  # between seeds: a set's problem i has the random seed `seed + i
 TRIES = 100  # problems that are made in place of one that is held out
 PROBED = 3  # problems with which a scorer is tried
 NONSENSE = ("", "zzz", "0")  # what no scorer should pay
+HALF = 0.5  # what another problem's answer must not get
 SLOW = 0.1  # seconds for a problem from which on the log tells
 MAKERS = 8  # processes that make the held-out problems of a slow set
 LIMIT = 600.0  # seconds for one problem
@@ -170,10 +171,12 @@ def probe(name: str, problems: Sequence[Problem], reward: str) -> tuple[dict, li
     require(len(others) < 2 or min(others) < 1, f"--task gym:{name}: its scorer pays the answers "
             "of other problems in full; take another set")
     partial = max([paid for paid in others if paid < 1], default=0.0)
+    if partial >= HALF:
+        floor = max(floor, partial)
     notes = []
     if floor > 0 and reward == "score":
-        notes.append(f"gym:{name}: its scorer pays up to {floor:g} for an empty or senseless "
-                     "answer, so scores up to that count as 0")
+        notes.append(f"gym:{name}: its scorer pays up to {floor:g} for an empty or wrong answer, "
+                     "so scores up to that count as 0")
     if partial > floor and reward == "score":
         notes.append(f"gym:{name}: its scorer pays up to {partial:g} for the answer of another "
                      "problem; --gym_reward full pays right answers alone")
