@@ -104,6 +104,7 @@ HUMANEVAL_PLUS = {
 }
 KODCODE = {"question": "Add.", "solution": "def add(a, b):\n    return a + b", "test_info": [{"function_name": "add"}],
            "test": "from solution import add\n\ndef test_small():\n    assert add(1, 2) == 3\n\ndef test_negative():\n    assert add(-1, -2) == -3\n"}
+ACECODE = {"id": "x", "question": "Add.", "test_cases": ["assert add(1, 2) == 3", "assert add(-1, -2) == -3"], "inferences": []}
 ASSERTS = {"classes": MBPP, "set-up code": TREE, "a class": STACK, "a lambda": LAMBDA, "functions": HIGHER, "MBPP+": PLUS,
            "HumanEval+": HUMANEVAL_PLUS, "KodCode": KODCODE}
 WRONG = """
@@ -125,6 +126,19 @@ def test_the_solution_passes_its_tests_and_an_altered_one_fails(verifier, layout
     if layout == "a class":
         altered = solution.replace(".pop()", ".pop(0)")
     assert problem.kind == "code" and rewards(verifier, problem, solution, altered, "x = 1") == [1, 0, 0]
+
+
+def test_without_a_solution_the_program_has_what_the_tests_call(verifier):
+    problem = as_problem(ACECODE, "here")
+    assert problem.solution is None and problem.meta["names"] == ["add"]
+    assert rewards(verifier, problem, "def add(a, b): return a + b", "def add(a, b): return a - b") == [1, 0]
+
+
+def test_feedback_is_bounded(verifier):
+    problem = as_problem(ACECODE, "here")
+    programs = ["def add(a, b): return 'x' * 10**6", "def add(a, b): raise ValueError('x' * 10**6)",
+                "def add(a, b): print('x' * 10**6)", f"raise {'V' * 10**5}"]
+    assert all(0 < len(v.feedback) < 3000 for v in judged(verifier, problem, *programs))
 
 
 def test_classes_of_the_solution_are_there_and_a_program_may_have_its_own(verifier):

@@ -8,12 +8,14 @@ import zlib
 import pyarrow
 import pytest
 from pyarrow import parquet
+from test_sandbox import bubblewrap_works
 
 from common.tasks import load_problems, load_task
 from common.tasks.choice import INSTRUCTION as LETTER
 from common.tasks.kinds import as_problem
 from common.tasks.maths import INSTRUCTION as BOX
 from common.tasks.records import BadRecord
+from common.verifiers.pool import Verifier
 
 DAPO = "Solve the problem. The last line must be of the form Answer: $Answer.\n\nWhat is 17 + 17?"
 VERL = {  # DAPO-17k and the files that verl's scripts write
@@ -26,23 +28,23 @@ OPENR1 = {
     "generations": ["<think>…</think>"], "correctness_math_verify": [True], "correctness_llama": None,
     "messages": [{"role": "user", "content": "Find $x$ if $2x = 5$."}, {"role": "assistant", "content": "…"}],
 }
-LAYOUTS = {  # name → record, kind, answer, what the question must and must not have
+LAYOUTS = {  # name → record, kind, answer (also in the form that golds get), what the question must and must not have
     "GSM8K": ({"question": "2 eggs and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}, "math", "5", "2 eggs", "####"),
     "MATH": ({"problem": "Square 3.", "level": "Level 1", "type": "Algebra", "solution": r"$3^2=\boxed{9}$."},
              "math", "9", "Square 3.", "boxed{9}"),
     "AIME by year": ({"ID": "1983-1", "Year": 1983, "Problem Number": 1, "Question": "Find w.", "Answer": "060", "Part": None},
                      "math", "060", "Find w.", "1983"),
     "AIME 2024": ({"ID": "2024-II-4", "Problem": "Find m+n.", "Solution": "so 033", "Answer": 33}, "math", "33", "Find m+n.", "so"),
-    "Minerva": ({"question": "How many joules?", "answer": "2.75e11"}, "math", "2.75e11", "joules", "e11"),
+    "Minerva": ({"question": "How many joules?", "answer": "2.75e11"}, "math", "2.75e11|2.75 \\times 10^{11}", "joules", "e11"),
     "OlympiadBench": ({"id": 2231, "subfield": "Algebra", "context": "Let $a$ be odd.", "question": "Find $a$.",
                        "solution": ["$a=3$"], "final_answer": ["$3$"], "is_multiple_answer": False, "unit": None,
-                       "answer_type": "Numerical", "error": None}, "math", "$3$", "Let $a$ be odd.\n\nFind $a$.", "Numerical"),
+                       "answer_type": "Numerical", "error": None}, "math", "$3$|3", "Let $a$ be odd.\n\nFind $a$.", "Numerical"),
     "OlympiadBench, several": ({"question": "Roots of x²=1?", "final_answer": ["1", "-1"], "is_multiple_answer": True},
                                "math", "1, -1", "Roots", "-1\n"),
     "ASDiv": ({"body": "Ann has 61 cookies.", "question": "How many has she?", "solution_type": "Sum",
-               "answer": "61 (cookies)", "formula": "61=61"}, "math", "61 (cookies)", "Ann has 61 cookies.\n\nHow many", "Sum"),
+               "answer": "61 (cookies)", "formula": "61=61"}, "math", "61 (cookies)|61", "Ann has 61 cookies.\n\nHow many", "Sum"),
     "SVAMP": ({"ID": "chal-1", "Body": "Bo has 8.", "Question": "How many?", "Equation": "( 8.0 )", "Answer": 8.0,
-               "Type": "Sum"}, "math", "8.0", "Bo has 8.\n\nHow many?", "Sum"),
+               "Type": "Sum"}, "math", "8.0|8", "Bo has 8.\n\nHow many?", "Sum"),
     "DAPO": (VERL, "math", "34", DAPO, BOX),
     "OpenR1": (OPENR1, "math", "\\frac{5}{2}", "Find $x$", "…"),
     "DeepScaleR": ({"problem": "1+1?", "answer": "2", "solution": "It is \\boxed{2}."}, "math", "2", "1+1?", "It is"),
@@ -62,6 +64,20 @@ LAYOUTS = {  # name → record, kind, answer, what the question must and must no
                      "ability": "math", "reward_model": {"style": "rule", "ground_truth": "5"},
                      "extra_info": {"split": "train", "index": 0, "answer": "#### 5", "question": "2+3?"}},
                     "math", "5", "2+3?", BOX),
+    "MedMCQA": ({"question": "?", "opa": "p", "opb": "q", "opc": "r", "opd": "s", "cop": 2, "exp": "x"}, "choice", "C", "C: r", "x"),
+    "MedQA": ({"question": "?", "answer": "iron", "options": {"A": "neon", "B": "iron"}, "answer_idx": "B"}, "choice", "B", "B: iron", "C:"),
+    "HellaSwag": ({"ctx": "He sits.", "endings": ["p", "q"], "label": "1", "ind": 4}, "choice", "B", "He sits.\n\nA: p\nB: q", "4"),
+    "SocialIQA": ({"context": "Ann ran.", "question": "Why?", "answerA": "p", "answerB": "q", "answerC": "r", "label": "2"},
+                  "choice", "2", "Ann ran.\n\nWhy?\n\n1: p\n2: q", "A:"),
+    "GPQA": ({"Question": "?", "Correct Answer": "d", "Incorrect Answer 1": "a", "Incorrect Answer 2": "b", "Incorrect Answer 3": "c"},
+             "choice", "A", "A: d\nB: c\nC: a\nD: b", "E:"),
+    "AQuA": ({"question": "?", "options": ["A)21", "B)22"], "rationale": "r", "correct": "B"}, "choice", "B", "B: 22", "B)"),
+    "MathQA": ({"Problem": "?", "Rationale": "r", "options": "a ) 38 , b ) 27.675", "correct": "b"}, "choice", "B", "A: 38\nB: 27.675", " ,"),
+    "BoolQ": ({"question": "Is it?", "passage": "It is.", "answer": True}, "choice", "A", "It is.\n\nIs it?\n\nA: yes\nB: no", "True"),
+    "TruthfulQA": ({"question": "?", "mc1_targets": {"choices": ["p", "q"], "labels": [0, 1]}}, "choice", "B", "A: p\nB: q", "labels"),
+    "MetaMath": ({"query": "?", "response": "so\n#### 5\nThe answer is: 5", "type": "GSM"}, "math", "5", "?", "so"),
+    "Orca-Math": ({"question": "?", "answer": "It takes long, so the answer is \\boxed{3}."}, "math", "3", "?", "long"),
+    "a list as text": ({"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": '["402"]'}}, "math", "402", "?", "402"),
 }
 
 
@@ -70,7 +86,7 @@ def test_each_public_layout_is_read_unchanged(layout):
     record, kind, answer, shown, hidden = LAYOUTS[layout]
     problem = as_problem(record, "here")
     text = problem.messages[-1]["content"]
-    assert (problem.kind, problem.answer) == (kind, answer)
+    assert problem.kind == kind and problem.answer in answer.split("|")
     assert shown in text and hidden not in text
 
 
@@ -229,6 +245,49 @@ def test_what_was_read_is_told_with_three_examples(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# problems that cannot be judged
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def verifier():
+    v = Verifier(workers=2, allow_unsafe_exec=not bubblewrap_works())
+    yield v
+    v.close()
+
+
+MBPP = {"text": "Double x.", "code": "def f(x):\n    return 2 * x", "test_list": ["assert f(3) == 6"]}
+UNFIT = {  # what cannot be judged → a record, and the reason
+    "a gold": ({"question": "?", "answer": r"\boxed{}"}, r"boxed|empty"),
+    "calls": ({"question": "?", "answer": "search", "kind": "tool"}, "not a list of calls"),
+    "a wrong solution": ({**MBPP, "test_list": ["assert f(3) == 7"]}, r"its own solution fails: f\(3\) returned 6"),
+    "an object": ({**MBPP, "code": "from fractions import Fraction\ndef f(x):\n    return Fraction(x)",
+                   "test_list": ["assert f(3) == 3"]}, "its own solution fails"),
+    "set-up code": ({**MBPP, "test_setup_code": "import numpy", "test_list": ["assert f(3) == 6"]}, "its own solution fails: The program does not run"),
+    "a package": ({**MBPP, "text": "Twice x.", "test_imports": ["import pandas"]}, "No module named 'pandas'"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_problem_that_cannot_be_judged_is_named_or_left_out_at_start(tmp_path, verifier, what):
+    record, reason = UNFIT[what]
+    (tmp_path / "f").write_text("\n".join(map(json.dumps, [*ROWS, MBPP, record])))
+    spec = f"jsonl:{tmp_path}/f"
+    task = load_task(spec, heldout=1)
+    bad = verifier.unusable(task.at_hand)
+    with pytest.raises(SystemExit, match=f"error: 1 problems cannot be judged, the first is .*f, line 6: .*({reason})") as error:
+        task.without(bad)
+    assert "\n" not in str(error.value)
+    task = load_task(spec, heldout=1, bad_records="skip")
+    left = task.without(verifier.unusable(task.at_hand))
+    assert len(left.at_hand) == 5 and left.notes[-1].endswith(": line 6")
+
+
+def test_nothing_is_left_out_of_problems_that_can_be_judged(tmp_path, verifier):
+    (tmp_path / "f").write_text("\n".join(map(json.dumps, [*ROWS, MBPP])))
+    task = load_task(f"jsonl:{tmp_path}/f", heldout=1)
+    assert verifier.unusable(task.at_hand) == [] and task.without([]) is task
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tests of code
 # ---------------------------------------------------------------------------------------------------------------------
 CASES = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
@@ -245,6 +304,8 @@ SCRIPT = ["assert words(script('1 2\\n')) == words('3\\n')"]
     ({"prompt": [{"role": "user", "content": "Add."}], "data_source": "taco",
       "reward_model": {"ground_truth": '{"inputs": ["1 2\\n"], "outputs": ["3\\n"]}', "style": "rule"}}, SCRIPT),
     ({"problem": "Add.", "tests": json.dumps(CASES)}, SCRIPT),
+    ({"question": "Add.", "inputs": '["1 2\\n"]', "outputs": '["3\\n"]', "starter_code": ""}, SCRIPT),
+    ({"description": "Add.", "official_tests": CASES}, SCRIPT),
     ({"prompt": "Add.", "verification_info": json.dumps({"language": "python", "test_cases": CASES})}, SCRIPT),
     ({"description": "Add.", "public_tests": {"input": ["1 2\n"], "output": ["3\n"]},
       "private_tests": {"input": [], "output": []}, "generated_tests": {"input": ["1 2\n"], "output": ["3\n"]},

@@ -84,6 +84,8 @@ def options(record: Record) -> tuple[list[str], list[str]]:
             break
     else:
         labels, texts = separate(record.data)
+        if apart(record.data)[1]:
+            return labels, texts
     if isinstance(record.answer, bool) and not texts:
         return ["A", "B"], ["yes", "no"]
     if not texts:
@@ -127,19 +129,25 @@ LETTERED = re.compile(r"\b([a-f]) \) ")  # MathQA: "a ) 38 , b ) 27"
 def separate(data: dict) -> tuple[list[str], list]:
     """The labels and texts of options that have a field each. If the right one has a field of its
     own, their order is that of a hash."""
-    correct = [data[name] for name in CORRECT if plain(data.get(name))]
-    names = filter(WRONG.fullmatch, map(str, data))
-    wrong = [data[name] for name in names if plain(data.get(name))]
-    if correct and wrong:
-        texts = map(str, [correct[0], *wrong])
+    correct, wrong = apart(data)
+    if wrong:
         labels = string.ascii_uppercase[: len(wrong) + 1]
-        shuffled = sorted(texts, key=digest)
-        return list(labels), shuffled
+        return list(labels), sorted([correct, *wrong], key=digest)
     for names, letters in SEPARATE.items():
         texts = [data[name] for name in names if plain(data.get(name))]
         if len(texts) > 1:
             return list(letters[: len(texts)]), texts
     return [], []
+
+
+def apart(data: dict) -> tuple[str, list[str]]:
+    """The right option and the wrong ones, if they have fields of their own; else nothing."""
+    correct = [str(data[name]) for name in CORRECT if plain(data.get(name))]
+    names = filter(WRONG.fullmatch, map(str, data))
+    wrong = [str(data[name]) for name in names if plain(data.get(name))]
+    if correct and wrong:
+        return correct[0], wrong
+    return "", []
 
 
 def digest(text: str) -> bytes:
@@ -167,6 +175,9 @@ def without_label(text: str, label: str) -> str:
 # --------------------------------------------------------------------------------------------------
 def right_label(record: Record, labels: list[str], texts: list[str]) -> str:
     """The label of the right option. The record names the label, its place from 0, or its text."""
+    correct, wrong = apart(record.data)
+    if wrong:
+        return labels[texts.index(correct)]
     if isinstance(record.answer, bool):
         return labels[0] if record.answer else labels[1]  # yes, no
     scores = record.data.get("mc1_targets")
@@ -203,11 +214,13 @@ def label_of(answer: Any, labels: list[str], texts: list[str]) -> str:
             return labels[int(answer)]
         return ""
     text = answer.strip()
-    for label in (text, text.strip("().: ").upper()):
-        if label in labels:
-            return label
+    if text in labels:
+        return text
     if texts.count(text) == 1:
         return labels[texts.index(text)]
+    label = text.strip("().: ").upper()
+    if label in labels:
+        return label
     label, _, rest = text.partition(".")
     if label in labels and rest.strip() in texts:
         return label

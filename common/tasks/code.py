@@ -23,6 +23,7 @@ INSTRUCTION = (
     "Put the whole program in one ```python block. Only the standard library is there."
 )
 MAX_FAILURES = 2  # failing tests in feedback
+MAX_FAILURE = 1000  # characters of what a failing test says
 MALFORMED = (  # what a record that is not of its form raises
     LookupError, AttributeError, StopIteration, ValueError, TypeError, SyntaxError, RecursionError,
     MemoryError, zlib.error,
@@ -161,6 +162,7 @@ def judge(problem: Problem, text: str, driver: Child, *, limit: float, unsafe: b
     for result, test in zip(results, meta["tests"]):
         for name, call in meta.get("calls", {}).items():
             result = result.replace(f"{name}()", call)
+        result = result[:MAX_FAILURE]
         if result and reveal:
             result += f"\nThe test: {test[:2000]}"
         if result:

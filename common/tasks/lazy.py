@@ -59,15 +59,15 @@ def picked(parts: Sequence[Sequence[Problem]],
     return list(lazy)
 
 
-def without(problems: Sequence[Problem], ids: set[str]) -> Sequence[Problem]:
-    """The list without the problems of these ids that are at hand."""
+def without(problems: Sequence[Problem], bad: set[str]) -> Sequence[Problem]:
+    """The list without the problems of these places that are at hand."""
     if not isinstance(problems, Lazy):
-        return [problem for problem in problems if problem.id not in ids]
+        return [problem for problem in problems if problem.place not in bad]
     if problems.places is None:
         return problems
     kept = []
     for k, i in problems.places:
         part = problems.parts[k]
-        if isinstance(part, Lazy) or part[i].id not in ids:
+        if isinstance(part, Lazy) or part[i].place not in bad:
             kept.append((k, i))
     return picked(problems.parts, kept)

@@ -56,28 +56,23 @@ class Task:
 
         Raises SystemExit if one of them is from a source whose bad records are not left out.
         """
-        ids = {problem.id for problem, _ in bad}
+        places = {problem.place for problem, _ in bad}
         for problem, reason in bad:
             skip = problem.meta.get("skip", False)
-            require(skip, f"{len(ids)} problems cannot be judged, the first is {place(problem)}: "
+            require(skip, f"{len(places)} problems cannot be judged, the first is {problem.place}: "
                     f"{reason}; mend or remove them, or leave them out with --bad_records skip")
         if not bad:
             return self
-        errors = [BadRecord(place(problem), reason) for problem, reason in bad]
+        errors = [BadRecord(problem.place, reason) for problem, reason in bad]
         notes = left_out("the check before the run", len(self.at_hand), errors)
         task = Task(
-            without(self.train, ids), without(self.heldout, ids), (*self.notes, *notes),
-            self.summary,
+            without(self.train, places), without(self.heldout, places),
+            (*self.notes, *notes), self.summary,
         )
-        require(task.train and task.heldout, f"{len(ids)} problems cannot be judged, and nothing "
-                f"is left to train on or to evaluate on; the first is {place(bad[0][0])}: "
-                f"{bad[0][1]}")
+        require(task.train and task.heldout, f"{len(places)} problems cannot be judged, and "
+                f"nothing is left to train on or to evaluate on; the first is {errors[0].where}: "
+                f"{errors[0].reason}")
         return task
-
-
-def place(problem: Problem) -> str:
-    """Where the problem is: its record's place, or its id."""
-    return problem.meta.get("where", f"problem {problem.id}")
 
 
 class Options(NamedTuple):
