@@ -6,7 +6,7 @@ import pickletools
 import zlib
 from typing import Any, NamedTuple
 
-from common.tasks.fields import lookup
+from common.tasks.fields import is_unicode, lookup
 from common.tasks.records import from_json
 
 FUNCTION_SETUP = """
@@ -203,6 +203,8 @@ def as_text(text: Any) -> str:
         if any(isinstance(line, list) for line in text):
             raise TypeError("a list in a list where a text should be")
         return "\n".join(map(as_text, text))
+    if isinstance(text, str) and not is_unicode(text):
+        raise ValueError("half a character (a lone surrogate) in a text")
     if not isinstance(text, (str, int, float)):
         raise TypeError(f"{type(text).__name__} where a text should be")
     return str(text)

@@ -62,12 +62,13 @@ class Record(NamedTuple):
     def problem(self, kind: str, user: str, answer: str | None, solution: str | None,
                 **meta) -> Problem:
         """The problem of this record that asks `user`."""
-        for name, text in (("question", user), ("answer", answer), ("solution", solution)):
-            if text and not is_unicode(text):
-                raise self.bad(f"field {name!r} has half a character (a lone surrogate)")
         messages = [*(self.chat or ()), {"role": "user", "content": user}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
+        shown = "".join(message["content"] for message in messages)
+        for name, text in (("question", shown), ("answer", answer), ("solution", solution)):
+            if text and not is_unicode(text):
+                raise self.bad(f"field {name!r} has half a character (a lone surrogate)")
         asked = [*(message["content"] for message in self.chat or ()), self.question]
         name = hashlib.sha1("\n".join(asked).encode()).hexdigest()[:16]
         meta = {"question": self.question, "where": self.where, **meta}

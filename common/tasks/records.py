@@ -158,7 +158,7 @@ def read_hub(name: str) -> Records:
         check_hub("--task", path, "dataset", cached)
     try:
         rows = datasets.load_dataset(path, config or None, split=split or "train")
-    except (OSError, ValueError) as error:  # not there, no network, no such config or split
+    except (OSError, ValueError, RuntimeError) as error:  # not there, no network, a script …
         reason = str(error).splitlines()[0]
         raise SystemExit(f"error: --task hf:{name}: {reason}; without the hub, give --data_dir or "
                          "jsonl:PATH") from None
