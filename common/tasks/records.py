@@ -39,7 +39,7 @@ def read_records(path: str) -> Records:
     The file's content says which. Raises SystemExit if it is none of these.
     """
     file = Path(path).expanduser()
-    require(not file.is_dir(), f"--task: {path} is a folder; name a file in it")
+    require(not (path and file.is_dir()), f"--task: {path} is a folder; name a file in it")
     require(file.is_file(), f"--task: no such file: {path}")
     data = file.read_bytes()
     if data.startswith(b"\x1f\x8b"):
