@@ -110,13 +110,18 @@ class Rollouts:
         self.task = load_task(
             args.task, heldout=setup.heldout, fields=setup.fields, kind=setup.kind,
             instruction=setup.instruction, data_dir=setup.data_dir, against=setup.against,
+            bad_records=setup.bad_records, gym_reward=setup.gym_reward,
         )
-        problems = [*self.task.heldout, *self.task.train]
+        problems = self.task.at_hand
         self.tokenizer = load_tokenizer(args.model, args.thinking, problems)
         self.verifier = Verifier(
             allow_unsafe_exec=setup.allow_unsafe_exec, restarts=restarts
         )
-        self.verifier.check(problems[run.rank :: run.world])  # a bad reference ends the run here
+        bad = self.verifier.unusable(problems[run.rank :: run.world])
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, bad)
+        self.task = self.task.without([pair for part in everywhere for pair in part])
+        problems = self.task.at_hand
         # tokens that the model can read
         self.context_length = context_length(AutoConfig.from_pretrained(args.model))
         self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
@@ -264,6 +269,12 @@ class Rollouts:
         args = self.args
         if prompts is None:
             prompts = [self.chat_ids(problem.messages) for problem in problems]
+            longest = max(map(len, prompts), default=0)  # also of a problem that was made just now
+            require(
+                longest + args.max_tokens <= self.context_length,
+                f"a prompt of {longest} tokens and --max_tokens {args.max_tokens} exceed the "
+                f"model's context of {self.context_length}; lower --max_tokens",
+            )
         settings = {
             "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p,
         }

@@ -29,6 +29,8 @@ class Setup:
     against: str = ""  # more evaluation sets, comma-separated: not trained on either
     fields: str = ""  # the data's field names if they differ, e.g. question=prompt,answer=gold
     kind: Literal["", "math", "choice", "tool", "code"] = ""  # of records; empty: ask them
+    bad_records: Literal["", "error", "skip"] = ""  # empty: skip those of the hub alone
+    gym_reward: Literal["full", "score"] = "full"  # full: 1 or 0; score: the set's partial scores
     instruction: str | None = None  # text added to every maths question; None: asks for \boxed{}
     heldout: int = 256  # problems set aside for evaluation, never trained on
     # machine
@@ -136,7 +138,7 @@ def installed(package: str) -> bool:
 # random numbers. A resume refuses a change. A method names more of them (Run's `fixed`).
 FIXED = (
     "model", "lora_rank", "lora_alpha", "task", "heldout", "against", "fields", "kind",
-    "instruction", "thinking", "seed",
+    "bad_records", "gym_reward", "instruction", "thinking", "seed",
 )
 # The machine, the log and the length of a run: a resume takes a change without a word. It prints a
 # change of any other setting.
