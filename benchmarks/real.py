@@ -1,8 +1,8 @@
-"""A few steps of the files on a real model and real problems: does everything hold together there?
+"""A few steps of the method files on a real model and real problems: does everything work together?
 
     python benchmarks/real.py --model SMOLLM2_135M_INSTRUCT --data_dir DATA        # ten minutes on two cores
 
-It shows that formats, verifiers, contexts and memory work out, not that a small model learns in four steps. Writes
+It shows that formats, verifiers, contexts and memory fit, not that a small model learns in four steps. Writes
 results/real/NAME.json for each of RUNS: the command, every metric of every step, and one rollout with its verdict.
 """
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--heldout 4 --eval_every 1000 --lr 1e-6 --warmup 0 --token_budget 2048"
+SMALL = "--no-checkpointing --heldout 4 --eval_every 1000 --lr 1e-6 --warmup 0 --token_budget 2048"
 SDPO = f"{SMALL} --batch_size 1 --group_size 4 --steps 2 --max_tokens 96"
 RUNS = {
     "grpo-gsm8k": f"grpo.py --task gsm8k {SMALL} --batch_size 2 --group_size 8 --steps 4 --beta 0 --max_tokens 160 --share_prompts",

@@ -1,16 +1,21 @@
-"""Which models can be trained right. All others end the run at start, in words.
+"""Checks that a model can be trained correctly. Any other model ends the run at start, in one line.
 
 `check_architecture` reads the configuration and the modules; weights may be on the meta device, so
 --dry_run calls it too. `check_forward` runs a loaded model on a few tokens.
 """
 from __future__ import annotations
 
+import copy
 import inspect
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,9 +33,9 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import require
+from common import check_hub, require
 
-# What configurations call a transformation of the logits, and the value that leaves logits alone.
+# Configuration keys of transformations of the logits, and the value that changes nothing.
 TRANSFORMATIONS = {
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
@@ -44,6 +49,60 @@ RECURRENT = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
+
+
+def read_by_first_rank(path: str, checkpointing: bool, share_prompts: bool) -> PreTrainedModel:
+    """The causal LM at `path`, with its weights on the first rank and without them on the others.
+
+    Raises SystemExit on all ranks if training the model would be wrong.
+    """
+    lm, config, wrong = None, None, ""
+    if dist.get_rank() == 0:
+        try:
+            lm = checked_lm(path, checkpointing, share_prompts)
+            config = lm.config
+        except SystemExit as end:
+            wrong = end.code
+    found = [config, wrong]
+    dist.broadcast_object_list(found)
+    config, wrong = found
+    if wrong:
+        raise SystemExit(wrong)
+    return lm or without_weights(config)
+
+
+def checked_lm(path: str, checkpointing: bool, share_prompts: bool) -> PreTrainedModel:
+    """The causal LM at `path` with its weights; ends the run if training it would be wrong."""
+    check_path(path)
+    lm = load_lm(path)
+    check_architecture(lm, path, checkpointing=checkpointing, share_prompts=share_prompts)
+    check_forward(lm, path)
+    mend_generation_config(lm, path)
+    return lm
+
+
+def check_path(path: str) -> None:
+    """Check early: transformers would treat a missing local path as a hub id and fail later with a
+    confusing error."""
+    require(path.strip(), "--model is empty: give a folder or a hub id")
+    require(not path.startswith("~"), f"--model {path}: the shell left ~ as it is; write it out")
+    folder = Path(path)
+    if folder.exists() or path.startswith((".", "/")) or path.count("/") > 1:
+        require(folder.exists(), f"--model {path}: no such folder")
+        config = folder / "config.json"
+        require(config.exists(), f"--model {path}: no config.json, so no Hugging Face checkpoint")
+        return
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        cached = None
+    if not isinstance(cached, str):
+        check_hub("--model", path, "model", None)
+    try:
+        AutoConfig.from_pretrained(path)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: --model {path}: no folder, nor on the hub: {reason}") from None
 
 
 def load_config(path: str) -> PreTrainedConfig:
@@ -71,13 +130,20 @@ def load_lm(path: str) -> PreTrainedModel:
 def empty_lm(path: str) -> PreTrainedModel:
     """The causal LM at `path` without its weights, for --dry_run."""
     config = load_config(path)
-    with in_words(path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with in_words(path):
+        return without_weights(config)
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal LM of `config` in fp32 and eval mode; all its tensors are on the meta device."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    return lm.eval()
 
 
 @contextmanager
 def in_words(path: str) -> Iterator[None]:
-    """What transformers cannot load ends the run with the first line of its reason."""
+    """Exit with the first line of the reason if transformers cannot load the model at `path`."""
     try:
         yield
     except (ValueError, ImportError, OSError, RuntimeError) as error:
@@ -106,12 +172,12 @@ def check_architecture(lm: PreTrainedModel, path: str, *, sampler: str = "",
     require(only_attends(lm) or not share_prompts, f"--share_prompts: {name} has layers other "
             "than full and sliding attention, which cannot go on from a shared prompt; drop it")
     layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
-    require(layers or not checkpointing, f"--checkpointing: {name} does not support it; drop the "
-            "flag")
+    require(layers or not checkpointing, f"--checkpointing: {name} does not support it; add "
+            "--no-checkpointing")
 
 
 def transformations(lm: PreTrainedModel) -> list[str]:
-    """What `lm` says that it does to its logits."""
+    """The transformations of the logits that the configuration of `lm` names."""
     config = lm.config.get_text_config()
     found = []
     for key, plain in TRANSFORMATIONS.items():
@@ -189,7 +255,8 @@ def read(lm: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(lm: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """The logits that `lm` makes of other hidden states than those of `ids`."""
+    """The logits that `lm` computes if its head reads `hidden` [1, T, D] instead of its own states.
+    """
     hook = lm.get_output_embeddings().register_forward_pre_hook(lambda module, args: (hidden,))
     try:
         return lm(input_ids=ids, use_cache=False).logits
@@ -202,9 +269,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def mend_generation_config(lm: PreTrainedModel, path: str) -> None:
-    """Make the generation config one that can be saved, and try it: else the first checkpoint
-    would end the run. Many models on the hub have a temperature without do_sample; they mean to
-    sample."""
+    """Make the generation config one that can be saved, and try to save it: otherwise the first
+    checkpoint would end the run. Many models on the hub set a temperature without do_sample; they
+    are meant to sample."""
     settings = lm.generation_config
     try:
         settings.validate(strict=True)
@@ -219,13 +286,13 @@ def mend_generation_config(lm: PreTrainedModel, path: str) -> None:
                          "config.json or generation_config.json") from None
 
 
-def context_length(lm: PreTrainedModel) -> float:
+def context_length(config: PreTrainedConfig) -> float:
     """How many tokens the model can read; infinite if its configuration does not say."""
-    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def key_value_size(lm: PreTrainedModel) -> int:
-    """How many numbers an attention layer keeps of a token; 0 in a model without attention."""
+    """How many numbers an attention layer caches per token; 0 for a model without attention."""
     config = lm.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
@@ -235,8 +302,9 @@ def key_value_size(lm: PreTrainedModel) -> int:
 
 
 def enable_checkpointing(lm: PreTrainedModel) -> None:
-    """Gradient checkpointing of a model in eval mode. A layer heeds it in training mode alone, in
-    which some layers also drop out: so a layer's forward itself runs in eval mode."""
+    """Gradient checkpointing of a model in eval mode. A layer checkpoints only in training mode, in
+    which some layers also apply dropout. So each layer is in training mode except during its own
+    forward."""
     lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in lm.modules():
         if isinstance(module, GradientCheckpointingLayer):

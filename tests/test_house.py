@@ -17,15 +17,12 @@ MOST = {  # of what tests/text_rules.py counts, in a method file and in common/
 }
 METHOD_TOKENS, SDZERO_TOKENS = 3000, 4500
 ROOMS = {  # place → its files, and their tokens at most
-    "common/": (["run", "settings", "checkpoints", "log", "rollouts", "policy", "microbatches", "sampler"], 16_500),
+    "common/": (["run", "settings", "checkpoints", "log", "rollouts", "policy", "microbatches", "sampler"], 16_650),
     "common/, checks of checkpoints": (["chat", "architecture"], 4_500),
+    "common/, the sum of the memory": (["memory"], 2_300),
     "kernels/": (["head", "divergence", "rows_torch", "rows_triton", "reference"], 10_000),
 }
-OPEN = {  # what is still above its limit, and by how much at most: may only shrink
-    "rlsd.py": {"mean": 11.04},
-    "common/microbatches.py": {"mean": 12.31, "p90": 23},
-    "common/sampler.py": {"mean": 11.77},
-}
+OPEN = {}  # what is still above its limit, and by how much at most: may only shrink
 
 
 def problems_of(path: Path) -> list[str]:

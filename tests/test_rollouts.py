@@ -94,9 +94,8 @@ def test_a_teachers_prompt_that_does_not_fit_ends_the_run(batch):
 # the embedded model
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture
-def make(one_process, monkeypatch):
+def make(one_process):
     """make(rank, world): the Rollouts of one of several ranks, synced with a policy."""
-    monkeypatch.setattr("common.tasks.chain.SIZE", 64)
     policy = load_policy(CHAIN, CPU, Setup())
     made = []
 
@@ -177,7 +176,7 @@ def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):
     has_context[1:3, :2] = True
     prompts = list(batch.prompts)
     prompts[3] = [5] * rollouts.context_length  # of question 1: no room for a response
-    teacher = frozen_copy(policy, CHAIN, CPU)
+    teacher = frozen_copy(policy, CPU)
     with torch.no_grad():
         for p in policy.parameters():
             p.to_local().add_(0.05 * torch.randn_like(p.to_local()))

@@ -19,8 +19,8 @@ from test_sandbox import bubblewrap_works
 from common.tasks import Problem, gym, load_problems
 from common.tasks.chain import chain_problem
 from common.tasks.kinds import as_problem
+from common.tasks.programs import last_program
 from common.verifiers import Verdict
-from common.verifiers.answers import last_program
 from common.verifiers.pool import Verifier
 from common.verifiers.thoughts import final_part
 

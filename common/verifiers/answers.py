@@ -1,4 +1,4 @@
-"""Where the answer is in a response: the last box, block of tags, program or marked answer."""
+"""Where the answer is in a response: the last box, block of tags or marked answer."""
 from __future__ import annotations
 
 import re
@@ -14,18 +14,6 @@ def last_block(text: str, opening: str, closing: str) -> str | None:
     if closed and opened:
         return block.strip()
     return None
-
-
-def last_program(text: str) -> str | None:
-    """What is in the last closed block of code.
-
-    >>> last_program("```python\\nprint(1)\\n``` and ```")
-    'print(1)\\n'
-    """
-    blocks = text.split("```")[1:-1:2]
-    if not blocks:
-        return None
-    return re.sub(r"\A[\w+-]*[ \t]*\n", "", blocks[-1])  # without the language
 
 
 # --------------------------------------------------------------------------------------------------
