@@ -161,18 +161,14 @@ class Rollouts:
         """
         most = getattr(self.args, flag)
         room = self.context_length - responses * most  # tokens of a prompt
-        sized = []
-        for chat in chats:
-            if chat is not None:
-                size = sum(len(message["content"].encode(errors="replace")) for message in chat)
-                sized.append((size, len(sized), chat))
-        sized.sort(reverse=True)
-        if not sized:
+        shown = [chat for chat in chats if chat is not None]
+        if not shown:
             return
-        frame = 64 + len(self.chat_ids(sized[-1][2]))  # about what a template adds
+        shown.sort(key=bytes_of, reverse=True)
+        template = 64 + len(self.chat_ids(shown[-1]))  # about what it adds
         longest = 0
-        for size, _, chat in sized[self.run.rank :: self.run.world]:
-            if size + frame <= longest:
+        for chat in shown[self.run.rank :: self.run.world]:
+            if bytes_of(chat) + template <= longest:
                 break
             length = len(self.chat_ids(chat))
             if length > longest:
@@ -327,6 +323,10 @@ def first_sync(sampler, policy: Policy, prompt: list[int]) -> None:
         f"log-probabilities differ from the policy's by {gap:.2g} nats per token; take --sampler "
         f"{other} or another checkpoint",
     )
+
+
+def bytes_of(chat: list[dict]) -> int:
+    return sum(len(message["content"].encode(errors="replace")) for message in chat)
 
 
 def heldout_metrics(groups: list[Group]) -> dict:

@@ -224,7 +224,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------ the log
     def phase(self, name: str) -> None:
-        """From here on time counts for `name`; it counted for the phase before until now."""
+        """Log the time from now on under `name`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             self.peak_gib()
@@ -310,7 +310,7 @@ class Run:
 
     @contextmanager
     def writing(self, what: Path) -> Iterator[None]:
-        """End the run on all ranks, in words, if something cannot be written. A collective."""
+        """End the run on all ranks with one line if something cannot be written. A collective."""
         failed = ""
         try:
             yield

@@ -40,13 +40,13 @@ class Setup:
     tensor_parallel: int = 1  # --sampler vllm: ranks that share an engine
     vllm_memory: float = 0.6  # --sampler vllm: share of the GPU's memory for weights and KV cache
     checkpointing: bool = True  # recompute activations: less memory, a third more time
-    shard: Literal["machine", "all"] = "machine"  # weights are split over a machine's ranks, or all
+    shard: Literal["machine", "all"] = "machine"  # ranks that the weights are split over
     lora_rank: int = 0  # train adapters of this rank (try 10 times the lr); 0: all weights
     lora_alpha: float = 32.0  # adapters add alpha/rank·B·A to a weight
     allow_unsafe_exec: bool = False  # run a model's programs without bubblewrap, with your rights
     # run and log
     seed: int = 0  # random seed of data order and sampling
-    out: str = "runs"  # where run folders go
+    out: str = "runs"  # parent of the run folders
     name: str = ""  # folder under --out; empty: made of method, task and seed
     resume: str = ""  # "auto": this run's last checkpoint, if any; or a checkpoint folder
     eval_every: int = 20  # steps between evaluations on the held-out problems
