@@ -96,7 +96,7 @@ def suite(folder: Path) -> dict:
             count += 1
             reference = (final_answer(gold) if "boxed" in gold else None) or gold.strip().strip("$").strip()
             marked = "boxed" in text or "nswer" in text
-            response = text if marked else "\\boxed{%s}" % text.strip().strip("$")
+            response = text if marked else f"\\boxed{{{text.strip().strip('$')}}}"
             if compare(reference, response)[1] != expected:
                 differs.append(dict(gold=gold[-100:], response=text[-100:], expected=expected, file=path.name))
     wrong = [row for row in differs if not row["expected"]]
