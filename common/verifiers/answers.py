@@ -19,20 +19,37 @@ def last_block(text: str, opening: str, closing: str) -> str | None:
 # --------------------------------------------------------------------------------------------------
 # mathematics
 # --------------------------------------------------------------------------------------------------
+def one_of(words: str) -> str:
+    """A pattern of whole words.
+
+    >>> bool(re.search(one_of("so thus"), "and so on")), bool(re.search(one_of("so"), "sort"))
+    (True, False)
+    """
+    return rf"\b(?:{'|'.join(words.split())})\b"
+
+
 def final_answer(text: str) -> str | None:
     """The mathematical answer of a response, as text; None if it gives none.
 
     It is what the last box holds, together with the boxes that "and" or a comma joins to it; if
     there is no box, what follows the last mark: ####, "answer is", "Answer:", a heading "Final
-    answer". A last box that is not closed holds none.
+    answer", or stands in the last <answer> tags. A last box that is not closed holds none. An
+    answer that is taken back ("That is wrong. The answer is 3") counts no more.
 
     >>> final_answer(r"\\boxed{1}, no: \\boxed{2} and \\boxed{3}")
     '2, 3'
+    >>> final_answer(r"<answer> \\boxed{4} </answer>"), final_answer("<answer>4 cm</answer>")
+    ('4', '4 cm')
     >>> final_answer(r"\\boxed{1} \\boxed{2"), final_answer("So she has 18")
     (None, None)
     >>> final_answer("**Answer**: 18 eggs, as 9 * 2 = 18.")
     '18 eggs'
     """
+    block = last_block(text, "<answer>", "</answer>")
+    if block is not None and not BOX.search(text.rpartition("</answer>")[2]):
+        if BOX.search(block) or MARK.search(block):
+            return final_answer(block.replace("<answer>", " "))
+        return clause(block) or None
     if BOX.search(text):
         return boxed_answer(text)
     return marked_answer(text)
@@ -95,15 +112,6 @@ def closing_brace(text: str, start: int) -> int:
     return -1
 
 
-def one_of(words: str) -> str:
-    """A pattern of whole words.
-
-    >>> bool(re.search(one_of("so thus"), "and so on")), bool(re.search(one_of("so"), "sort"))
-    (True, False)
-    """
-    return rf"\b(?:{'|'.join(words.split())})\b"
-
-
 # What may stand between boxes that are one answer: \boxed{1}$ and $\boxed{2}, "and y =".
 JOINT = re.compile(r"(?:\s|[$,;&{}]|\\[()\[\],;:! ]|\\q?quad|\*\*|\\text|\band\b|\bor\b)*")
 NAMED = re.compile(r"[^.\n]{0,40}(?:[,;&]|\band\b|\bor\b)[^.\n]{0,40}")
@@ -113,13 +121,40 @@ TURN = re.compile(rf"(?i){one_of(TURNS + ' mean gives give now first')}|[⇒→]
 # The box is a part of a term: \boxed{5}\sqrt2, \boxed{5}^2, \boxed{5}x; 2\boxed{5}, $-\boxed{5}.
 GOES_ON = re.compile(
     r"\s?(?:\^|/\s*[\d\\]|\\(?:sqrt|frac|pi|times|cdot|pm)(?![a-z])|[-+*]\s?[\d\\])"
-    r"|[A-Za-z](?![A-Za-z])"
+    r"|[A-Za-z](?![A-Za-z])|(?:\\?%)?[.,]?\d"
 )
-WITHIN = r"\\[dt]?(?:frac|sqrt)\s*\{|\}\{|\^\{?|(?<=[$= ])\d\{?"
-SIGNED = r"[$=(\d]\s*[-+]|[\d)}]\s*(?:\\cdot|\\times|\*|/)\{?"
+WITHIN = r"\\[dt]?(?:frac|sqrt)\s*\{|\}\{|\^\{?|\d\{?|\\sqrt\s*\{[^{}]*\}\s*|\\pi\s*"
+SIGNED = r"[$=(\d]\s*[-+]|(?:^|\s)[-+−]|[\d)}]\s*(?:\\cdot|\\times|\*|/)\{?"
 COMPARED = r"[\w)}]\s*(?:[<>≤≥≠]|\\(?:l|g|n)eq?(?:slant)?)\s*"  # x > \boxed{5}
-BEGUN = re.compile(rf"(?:{WITHIN}|{SIGNED}|{COMPARED})\Z")
+DENIED = r"(?:\b(?:not|never|cannot be|except|than|neither)|n['’]t(?: be)?)[\s$*(\[\\]*"
+BEGUN = re.compile(rf"(?:{WITHIN}|{SIGNED}|{COMPARED}|{DENIED})\Z")
+TAG = re.compile(r"(?:</?[a-z]+>|(?:^|\n)>+)\s*\Z", re.IGNORECASE)  # <b>, or > of a quotation
 CHOICE = re.compile(r"(?:\s|[$*]|\\[)\]])*\bor\b(?=\s*[\d$\\-])")  # \boxed{5} or 6
+
+
+# "That is wrong", "which cannot be right", "I made a mistake" right behind an answer.
+PAUSE = rf"[\W_]{{0,12}}(?:{one_of('wait oh no hmm but actually oops sorry hold on however')}[\W_]{{0,6}})*"
+SUBJECT = r"(?:(?:that|this|it|which|the answer)\s*)?(?:is|was|seems|looks|must be|['’]s)\s+(?:\w+ly )?"
+FALSE = r"(?:wrong|incorrect|false|impossible|a mistake|not (?:right|correct|possible|the answer))\b"
+CANNOT = r"(?:(?:that|this|it|which)\s+)?(?:cannot|can['’]t) be\b|(?:is|was)n['’]t (?:right|correct)"
+ADMITTED = r"i (?:have )?made an? (?:\w+ )?(?:mistake|error)|correction\b|scratch that"
+TAKEN_BACK = re.compile(rf"(?i){PAUSE}(?:{SUBJECT}{FALSE}|{CANNOT}|{ADMITTED})")
+SECOND_THOUGHT = re.compile(rf"(?i){one_of('wait actually mistake wrong incorrect correction oops sorry')}")
+
+
+def later_answer(rest: str, first: str | None) -> str | None:
+    """The answer of a response whose box says `first` and goes on with `rest`.
+
+    >>> later_answer(". Wait, that is wrong.", "5"), later_answer(" is right. Wait, why?", "5")
+    (None, '5')
+    >>> later_answer(". Actually no, the answer is 6.", "5")
+    '6'
+    """
+    if TAKEN_BACK.match(rest):
+        return marked_answer(rest)
+    if SECOND_THOUGHT.search(rest):
+        return marked_answer(rest) or first
+    return first
 
 
 def boxed_answer(text: str) -> str | None:
@@ -132,14 +167,15 @@ def boxed_answer(text: str) -> str | None:
         if not are_joined(text[box.end : parts[0].start]):
             break
         parts.insert(0, box)
-    answers = [part.content.strip() for part in parts]
+    answers = [part.content.strip(" \n*`") for part in parts]
+    before = TAG.sub("", text[: parts[0].start])
     goes_on = GOES_ON.match(text, parts[-1].end)
-    if goes_on or BEGUN.search(text[: parts[0].start]) or "" in answers:
+    if goes_on or BEGUN.search(before) or "" in answers:
         return None
     choice = CHOICE.match(text, parts[-1].end)
     if choice:
         answers.append(clause(text[choice.end() :]) or "?")
-    return ", ".join(dict.fromkeys(answers))
+    return later_answer(text[parts[-1].end :], ", ".join(dict.fromkeys(answers)))
 
 
 def are_joined(between: str) -> bool:
@@ -157,9 +193,11 @@ def are_joined(between: str) -> bool:
 # --------------------------------------------------------------------------------------------------
 TASK = r"(?:\s+(?:to|for|of)\s+(?:the|this|your|our)\s+(?:\w+\s+)?(?:problem|question|exercise))?"
 IS = r"(?:is|was|equals|would be|will be|must be|should be|comes out to|comes to)\b"
+ASIDE = r"(?:,\s\w+,|,?\s(?:therefore|thus|then)|\s(?:that )?(?:i|we|you)\s\w+)?"  # answer we get is
 MARK = re.compile(
     r"(?P<hashes>^\s*####|(?<=[\s.])####)"
-    rf"|(?<![a-z])answer{TASK}\s*[*_]*\s*(?:{IS}|:|=|≈)"
+    rf"|(?<![a-z])answer{TASK}{ASIDE}\s*[*_]*\s*(?:{IS}|:|=|≈)"
+    r"|(?<![a-z])answer(?P<quote>[\"'])\s*:"
     r"|\bans(?:\.|:|=)"
     r"|^\W*answer\s*(?=\$|\\[\[(])"
     r"|^[#*_\s>]*(?:my |the )?final answer[\s*_:.]*$"
@@ -168,7 +206,13 @@ MARK = re.compile(
 )
 OTHERS = "wrong incorrect first initial previous earlier other naive common tempting whether if"
 OTHERS += " that intermediate partial rough"
-NO_MARK = re.compile(rf"(?i){one_of(OTHERS)}\s+(?:final )?$")
+# "If the answer is 5", "I don't think that the answer is 5", "a mistake is to say the answer is 5".
+SUPPOSED = one_of("if whether suppose supposing assume assuming imagine unless")
+DENIAL = r"(?:n['’]t|\b(?:not|never|hardly))(?:\s\w+){0,3}"
+MISTAKE = rf"{one_of('mistake mistaken wrong incorrect tempting error myth')}(?:\s\w+){{0,5}}"
+GUESS = rf"{one_of('might may could some many people students')}\s(?:\w+\s)?(?:think|say|guess)s?"
+PRETEXT = rf"(?:{SUPPOSED}|{DENIAL}|{MISTAKE}|{GUESS})\s+(?:that\s+)?(?:the|my|our)\s+(?:\w+\s+)?"
+NO_MARK = re.compile(rf"(?i)(?:{one_of(OTHERS)}\s+(?:final )?|{PRETEXT})$")
 REMARKS = "correct right reasonable plausible helpful verified confirmed consistent valid clear"
 REMARKS += " complete checked above below boxed"
 REMARK = re.compile(rf"(?i)[\s*_]*(?:\w+ )?{one_of(REMARKS)}")
@@ -184,14 +228,26 @@ def marked_answer(text: str) -> str | None:
     (None, None)
     """
     for mark in reversed(list(MARK.finditer(text))):
-        before = text[: mark.start()][-40:]
+        before = text[: mark.start()][-80:]
         rest = text[mark.end() :]
+        if mark["quote"]:
+            rest = json_value(rest)
         if mark["hashes"] and HEADING.match(rest):
             continue
         if NO_MARK.search(before) or REMARK.match(rest) or not rest.strip(" \n\t*_:.$"):
             continue
         return clause(rest) or None
     return None
+
+
+def json_value(rest: str) -> str:
+    r"""The value that follows a name in JSON.
+
+    >>> json_value(' "\\\\\\\\frac{1}{2}", "a": 3}'), json_value(" 42}")
+    ('\\\\frac{1}{2}', '42')
+    """
+    quoted, bare = re.match(r'\s*(?:"([^"\n]*)"|([^,}\n]*))', rest).groups()
+    return (quoted or bare or "").replace("\\\\", "\\")
 
 
 STOPS = "is that thus therefore now actually indeed simply exactly only just"
@@ -205,14 +261,14 @@ SENTENCE = re.compile(rf"(?i)(?:{OWNER}\s(?:is|are|equals)\s)?\s*")  # The area 
 FORMULA = re.compile(
     r"\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]*[^$\n\\])\$(?!\d)", re.DOTALL
 )
-END = re.compile(r"(?<!\\)[.!](?=[\s*_\"”)]*(?:\s|$))|\n|\\n(?![a-z])|—|<\|")
+END = re.compile(r"(?<!\\)(?<!Rs)[.!](?=[\s*_\"”)]*(?:\s|$))|\n|\\n(?![a-z])|—|<\|")
 OPEN_END = re.compile(r"\.\.|—\s*\d")  # 5... or 5—6
 DOUBTS = "no wait maybe perhaps or but sorry unsure probably possibly might could either otherwise"
 HEDGE = re.compile(
     rf"(?i){one_of(DOUBTS + ' unless depending respectively if')}|\bnot sure\b|\?"
     r"|\band\s+\$?-?[\d\0]|\b(?:for|when)\b.*[,;]\s*\$?-?[\d\0].*\b(?:for|when)\b"
 )
-REASONS = "because since as where which for when so after making giving assuming given using"
+REASONS = "because since as where which for when so after making giving assuming given using rather"
 NEXT_CLAUSE = re.compile(
     r"\s-\s(?!(?:log|ln|sin|cos|tan|sqrt|pi)\b)(?=[A-Za-z]{2})"
     r"|[,;]\s+(?!(?:and|or|sqrt|pi)\b)(?=[A-Za-z]{2})"
@@ -252,7 +308,8 @@ def clause(rest: str) -> str:
     first, remainder = sentence, ""
     if cut:
         first, remainder = sentence[: cut.start()], sentence[cut.start() :]
-    if HEDGE.search(remainder) or "?" in sentence:
+    taken_back = TAKEN_BACK.match(text, len(first))
+    if HEDGE.search(remainder) or "?" in sentence or taken_back:
         return ""
     for i, formula in enumerate(formulas):
         first = first.replace(f"\0{i}\0", formula)

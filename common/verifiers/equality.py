@@ -6,6 +6,7 @@ side can be read as is not the same.
 """
 from __future__ import annotations
 
+import contextlib
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -14,7 +15,7 @@ from common.verifiers import BadProblem
 from common.verifiers.answers import MAX_ANSWER, final_answer
 from common.verifiers.equations import assigned, measured, same_relations, without_names
 from common.verifiers.grammar import Node, number, read
-from common.verifiers.notation import Unreadable, plain
+from common.verifiers.notation import Unreadable, plain, spelled
 from common.verifiers.regions import is_region, region, same_regions
 from common.verifiers.units import agree
 from common.verifiers.values import equal, exact, rounded, signs, symbols
@@ -53,11 +54,12 @@ def same(gold: str, answer: str) -> bool:
 
 @lru_cache(maxsize=2048)
 def tree(text: str) -> Node | None:
-    """The tree of an answer, or None if it cannot be read."""
-    try:
-        return read(text)
-    except (Unreadable, RecursionError):
-        return None
+    """The tree of an answer, or None if it cannot be read. What is unreadable with words in it may
+    be a product of variables."""
+    for form in (text, spelled(text)):
+        with contextlib.suppress(Unreadable, RecursionError):
+            return read(form)
+    return None
 
 
 def written(text: str) -> str:

@@ -24,6 +24,7 @@ def measured(node: Node) -> tuple[Node, list[str]]:
 # --------------------------------------------------------------------------------------------------
 def without_names(gold: Node, answer: Node) -> tuple[Node, Node]:
     """The name goes if only one side has it, or if both have the same."""
+    gold, answer = turned(gold), turned(answer)
     first, second = name_of(gold), name_of(answer)
     both = first is not None and second is not None
     if both and first != second:
@@ -33,6 +34,16 @@ def without_names(gold: Node, answer: Node) -> tuple[Node, Node]:
     if second is not None and (both or gold.op != "rel"):
         answer = value_of(answer)
     return gold, answer
+
+
+def turned(node: Node) -> Node:
+    """x = 5 for 5 = x."""
+    if node.op != "rel" or node.args[0] != ("=",):
+        return node
+    signs, left, right = node.args
+    if is_variable(right) and not symbols(left):
+        return Node("rel", (signs, right, left))
+    return node
 
 
 def name_of(node: Node) -> str | None:

@@ -55,6 +55,7 @@ CLOSING = {
 }
 ENDS = set(", ; and or to ) ] } \\} | & \\ \\end \\rangle \\cup \\cap : ".split()) | set(RELATIONS)
 FILLERS = ("option", "choice", "answer", "approximately", "approx", "exactly", "only", "just")
+SIGNS = ("minus", "negative")
 ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")  # sin A = 1/2 names the sine of A
 OPERATORS = set("+ - * / ^ ! \\pm % \\begin".split())
 OPENING = ("(", "|", "\\lfloor", "\\lceil", "\\infty")  # brackets that begin a factor
@@ -88,9 +89,13 @@ def as_words(found: list[Token]) -> Node | None:
     words = tuple(token.text.lower() for token in found)
     if "word" not in kinds or not kinds <= {"word", "letter"}:
         return None
-    if words[0] in NUMBERS or words[0] in FILLERS or "and" in words or "or" in words:
+    bare = tuple(word for word in words if word not in ("a", "an", "the"))
+    if bare and bare[0] in MULTIPLES:  # a dozen eggs
+        return number(MULTIPLES[bare[0]]) if len(bare) == 1 else None
+    counted = words[0] in NUMBERS or words[0] in SIGNS
+    if counted or words[0] in FILLERS or "and" in words or "or" in words:
         return None
-    return Node("words", tuple(word for word in words if word not in ("a", "an", "the")))
+    return Node("words", bare)
 
 
 class Parser:
@@ -312,7 +317,7 @@ class Parser:
         if self.at("+"):
             self.take()
             return self.signed()
-        if self.at("-", "minus", "negative", "Minus", "Negative"):
+        if self.at("-") or self.text().lower() in SIGNS:
             self.take()
             return Node("neg", (self.signed(),))
         if self.at("\\pm", "\\mp"):
@@ -479,6 +484,10 @@ class Parser:
         following = [token.text.lower() for token in self.tokens[self.here :]]
         value, count = value_in_words(following)
         self.here += count
+        joint, article, half = (self.text(i).lower() for i in range(3))
+        if joint == "and" and article in ("a", "one") and half in PARTS:  # one and a half
+            self.here += 3
+            return number(value + Fraction(1, PARTS[half]))
         dash = self.at("-")
         part = PARTS.get(self.text(dash).lower())
         if part is None:

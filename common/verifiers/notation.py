@@ -58,7 +58,7 @@ LOOKS_LIKE = {  # what a character becomes → the characters
     "\\rceil ": "⌉",
     "\\sqrt[3]": "∛",
     "...": "…",
-    "": "\u200b\u2060\ufeff\u00ad\u200e",
+    "": "\u200b\u2060\ufeff\u00ad\u200e\ufe0f✅✓✔🎉🎯😊😀😃😄🙂👍💯✨🚀",
 }
 GREEK = dict(zip("αβγδεθλμπρστφω", (
     "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi omega").split()))
@@ -70,6 +70,7 @@ SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 REPLACEMENTS = [  # (pattern, what it becomes), in this order
     (r"<<.*?>>", ""),  # GSM8K's calculator notes
+    (r"\\(?:checkmark|blacksquare|qed)\b", ""),
     (r"(?<=\d)\s*–\s*(?=\$?\d)", " to "),  # 3–5 is a range
     (r"–", "-"),
     (r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),  # √12 is the root of 12; \sqrt12 is not clear
@@ -100,6 +101,8 @@ REPLACEMENTS = [  # (pattern, what it becomes), in this order
     (r"(?<=\d)\s*_?\s*\{?\s*\(?(?:in )?base[ -]*(\d+)\)?\}?", r"_{\1}"),
     (r"_\{\((\d+)\)\}", r"_{\1}"),
     (r"[\u00a0\u2000-\u200a\u202f\u3000]", " "),
+    (r",?\s*\\text\s*\{\s*,?\s*for (?:all|every|any)(?: real)?\s*\}\s*[a-z]\.?\s*$", ""),
+    (r",?\s+for (?:all|every|any)(?: real)? [a-z]\.?\s*$", ""),
 ]
 TABLE = [(re.compile(pattern, re.DOTALL), new) for pattern, new in REPLACEMENTS]
 
@@ -136,6 +139,25 @@ def vulgar(match: re.Match) -> str:
     """
     over, _, under = unicodedata.normalize("NFKC", match[0]).partition("⁄")
     return f"\\frac{{{over}}}{{{under}}}"
+
+
+STYLED = r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+"
+RUN = re.compile(rf"{STYLED}|(?<![A-Za-z])(?P<run>[A-Za-z]{{2,3}})(?![A-Za-z])")
+
+
+def spelled(text: str) -> str:
+    """The text with runs of two or three letters as products of variables: RC, mg, kT.
+
+    >>> spelled(r"e^{-t/RC} \\sin x mod 2"), spelled(r"\\frac{GMm}{kT} \\mathrm{kg}")
+    ('e^{-t/R C} \\\\sin x mod 2', '\\\\frac{G M m}{k T} \\\\mathrm{kg}')
+    """
+    kept = SHORT | FUNCTIONS | SYMBOLS | set(NUMBERS) | {"mod", "sqr", "if"}
+
+    def apart(match: re.Match) -> str:
+        run = match["run"]
+        return " ".join(run) if run and run not in kept and run.lower() not in SHORT else match[0]
+
+    return RUN.sub(apart, text)
 
 
 # --------------------------------------------------------------------------------------------------
