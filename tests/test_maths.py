@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from common.tasks import maths
 from common.tasks.kinds import as_problem
 from common.verifiers import BadProblem
-from common.verifiers.answers import boxes, last_boxed
+from common.verifiers.boxes import boxes, last_boxed
 from common.verifiers.equality import compare, reading, same
 from common.verifiers.golds import normal_gold
 from common.verifiers.thoughts import THOUGHTS, final_part
@@ -224,6 +224,29 @@ SAME = {
         (r"\infty", ["∞", r"+\infty"], [r"-\infty", "0", "8"]),
         (r"-\infty", ["-∞"], [r"\infty"]),
     ],
+    "numbers in words": [
+        ("-4", ["negative four", "minus four", r"\text{negative } 4"], ["four", "not negative four"]),
+        ("1.5", ["one and a half hours", "one and one half", "three halves"], ["one", "one and a third", "one and two"]),
+        ("12", ["a dozen", "a dozen eggs", "12"], ["dozens"]),
+        ("5", ["5 ✅", "5 😊"], ["5 ❌", "5 gross", "5 lakh", "5 repeating", "5 doubled", "5 grand", "five-fold", "5 tenfold", "5 (unsure)", "twice x = 5", "not: 5",
+                                 r"\text{half of } x = 5", "nothing is 5"]),
+        ("500000", ["5 lakh"], ["5", "5 crore"]),
+    ],
+    "letters side by side are a product, behind a slash too": [
+        (r"V(1-e^{-t/(RC)})", [r"V\left(1-e^{-\frac{t}{RC}}\right)", r"V(1-e^{-t/RC})", r"V-V e^{-\frac{t}{R C}}"], [r"V(1-e^{t/(RC)})", r"V(1-e^{-tC/R})", r"V e^{-t/RC}"]),
+        (r"I(0) e^{-t/(RC)}", [r"I(0)\exp(-t/RC)", r"I(t) = I(0) e^{-\frac{t}{RC}}"], ["I(0)", r"I(0) e^{t/(RC)}", r"I(0)(1-e^{-t/RC})", "0"]),
+        (r"\frac{GMm}{r^2}", ["F = GMm/r^2", r"\frac{G M m}{r^2}"], [r"\frac{GM}{r^2}", r"\frac{GMM}{r^2}", r"-\frac{GMm}{r^2}"]),
+        ("f(0)", ["f(0)"], ["0", "g(0)", "f(1)"]),
+        ("0", [r"\sin \pi"], ["f(0)", "I(0)"]),
+    ],
+    "a set of sets, a small rounded gold, percent and degrees, a name on the right": [
+        (r"\{1,2,4\}", ["4, 2, 1"], [r"\{1,2\}, \{4\}"]),
+        ("0.001", [r"\frac{1}{1000}", "10^{-3}"], [r"\frac{1}{999}", r"\frac{1}{1001}"]),
+        (r"90^\circ", ["90"], [r"90\%"]),
+        ("5", ["5 = x"], ["5 = 2x"]),
+        ("f(x)=x", [r"f(x) = x \text{ for all } x", "f(x)=x for all real x"], [r"f(x) = x \text{ for even } x"]),
+        (r"\binom{2n}{n}", [r"{2n \choose n}"], [r"{2n \choose 2}"]),
+    ],
     "sums and integrals, by math-verify": [
         (r"\sum_{k=1}^{n} k", [r"\sum_{k=1}^{n} k", r"\sum_{j=1}^n j"], [r"\sum_{k=1}^{n} k^2", r"\sum_{k=0}^{n-1} k"]),
         (r"\int_0^1 x^2\,dx", [r"\frac{1}{3}"], [r"\frac12", "3"]),
@@ -240,6 +263,30 @@ def test_same(law):
 # which answer is taken from a response
 # --------------------------------------------------------------------------------------------------
 TAKEN = {
+    "a box that is a part of a term, a pair, a choice or a doubt is no answer": [
+        ("5", [r"$x = \boxed{5}$.", r"$$\therefore \boxed{5}$$", r"$2+3=\boxed{5}\text{ cm}^2$", r"$\boxed{5}\%$", r"$\angle A = \boxed{5}^\circ$", r"$\boxed{5} \pmod{7}$", r"$(\boxed{5})$", r"<b>\boxed{5}</b>", "> \\boxed{5}",
+               r"\begin{align*} x &= 3 + 2\\ &= \boxed{5}. \end{align*}", r"costs $5, so $x = \boxed{5}$", r"She has $18. So \boxed{5}, i.e. $5 a day", r"$\boxed{5} = 2+3$", r"$\boxed{5} \approx 5.0$", r"$\boxed{5}$ plus signs",
+               r"$\boxed{5}$ times in all", r"$\boxed{5}$ to the nearest integer", r"$\boxed{5}$ and we are done", r"\boxed{5} (not 6)", r"Not 6 but \boxed{5}", r"{\color{red}\boxed{5}}", r"\boxed{**5**}", r"$a=3,\ b=\boxed{5}$"],
+         [r"-\boxed{5}", r"2\boxed{5}", r"\boxed{5}0", r"\boxed{5}.5", r"\boxed{5}\%5", r"$10 - \boxed{5}$", r"$\pm\boxed{5}$", r"$\log\boxed{5}$", r"$\sin(\boxed{5})$", r"$f(\boxed{5})$", r"$x_{\boxed{5}}$", r"$x\boxed{5}$",
+          r"$\binom{\boxed{5}}{2}$", r"$2 : \boxed{5}$", r"$\boxed{5} : 2$", r"$\boxed{5}+C$", r"$\boxed{5} + x$", r"$\boxed{5} < x$", r"$\boxed{5}_{6}$", r"$\boxed{5}!$", r"$\boxed{5} = 6$", r"$\boxed{5} \cup \{6\}$", r"$\{\boxed{5}, 6\}$",
+          r"$(\boxed{5}, 6)$", r"(\boxed{5}, 6)", r"$(x, y) = (\boxed{5}, 6)$", r"\[ 10\cdot\boxed{5} \]", r"\(\boxed{5} \bmod 6 + 1\)", r"\boxed{5} million", r"$\boxed{5}$ thousand", r"$\boxed{5}\text{ million}$", r"\boxed{5} squared",
+          r"\boxed{5} and a half", r"\boxed{5} or more", r"\boxed{5} to 9", r"\boxed{5} and 6", r"$\boxed{5}$ or $x = 6$", r"\boxed{5} (or 6)", r"\boxed{5}, maybe 6", r"\boxed{5}?", r"\boxed{5} (I am not sure)", r"maybe \boxed{5}",
+          r"either 4 or \boxed{5}", r"between 4 and \boxed{5}", r"The answer is not \boxed{5}.", r"It cannot be $\boxed{5}$.", r"It isn't \boxed{5}", r"more than \boxed{5}", r"\boxed{5} $\times 10^3$"]),
+        ("5000000", [r"\boxed{5} million", r"$\boxed{5}\text{ million}$"], [r"\boxed{5}"]),
+        (r"\text{(B)}", [r"the answer is $\boxed{\text{(B)}} 3(1+r)^x = 7$."], []),
+    ],
+    "an answer that is taken back, denied or supposed is none": [
+        ("5", [r"\boxed{5}. Wait, let me verify: 2 + 3 = 5. The answer is 5.", r"\boxed{5}. If you got 6, that is incorrect.", "The answer is 5. It is not 6, which is wrong.", "Since it is not 0, the answer is 5.", "If x = 2, then the answer is 5.",
+               r"\boxed{6}. Wait, that is wrong. The answer is 5.", "It should be clear that the answer is 5.", "I think the answer is 5.", "The answer is 5 rather than 6.", "The answer, then, is 5.", "So the answer we get is 5.", "The answer is definitely 5."],
+         [r"\boxed{5}. Wait, that is wrong. The answer is 6.", r"$\boxed{5}$. Actually no, the correct answer is $6$.", r"\boxed{5} is wrong.", r"\boxed{5}. Oops, I made a mistake.", "The answer is 5, which is wrong.", "The answer is 5. Hmm, that can't be right.",
+          "I don't think the answer is 5.", "It is not true that the answer is 5.", "If the answer is 5, we get a contradiction.", "Suppose the answer is 5.", "A common mistake is to say that the answer is 5.", "You might think the answer is 5.", "I doubt that the answer is 5.",
+          "The answer is 5, then doubled: 10."]),
+    ],
+    "tags and JSON mark an answer": [
+        ("5", ["<answer>5</answer>", "<answer> \\boxed{5} </answer>", "<answer>5 apples</answer>", "<answer>The answer is 5.</answer>", "<answer>6</answer> Wait. <answer>5</answer>", r"\boxed{6} <answer>5</answer>", '{"answer": 5}', '{"why": "2 + 3", "answer": "5"}', "{'answer': 5}"],
+         ["<answer>5", "<answer>5 or 6</answer>", "<answer>not 5</answer>", "<answer></answer> 5", "<answer>6</answer> 5", "<answer>5</answer> Actually, the answer is 6.", r"<answer>5</answer> \boxed{6}", '{"answer": 50}', '{"answer": "5 or 6"}', '{"answer": 6, "guess": 5}', '{"answer": null, "x": 5}']),
+        (r"\frac{1}{2}", [r'{"answer": "\frac{1}{2}"}', r'{"answer": "\\frac{1}{2}"}'], []),
+    ],
     "the last complete box counts, and an unfinished one is no answer": [
         ("2", [r"\boxed{2}", r"So $\boxed{2}$.", r"\boxed{1} is wrong. It is \boxed{2}.", r"\boxed{\boxed{2}}", r"\[ \boxed{2} \]", r"\boxed {2}", r"\fbox{2}",
                r"\boxed{2} apples", r"\boxed{2}, which is what we wanted. The answer is clear.", "\\boxed{\n2\n}", r"\boxed{2}" + 3000 * " and so on", r"x = \boxed{2}",

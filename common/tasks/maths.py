@@ -8,7 +8,7 @@ import re
 from common.tasks.fields import Record, as_text, empty
 from common.tasks.problem import Problem
 from common.verifiers import Verdict
-from common.verifiers.answers import last_boxed
+from common.verifiers.boxes import last_boxed
 from common.verifiers.equality import compare, reading
 from common.verifiers.golds import normal_gold
 
@@ -53,7 +53,7 @@ def notes(problems: list[Problem]) -> list[str]:
 
 
 def reference(record: Record) -> str:
-    """The reference as text. A list of one is its element."""
+    """The reference as text. A list of one is its element, one of several a set."""
     answer = record.answer
     if empty(answer) and record.solution:
         answer = last_boxed(record.solution) or ""

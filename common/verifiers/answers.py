@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+
+from common.verifiers.boxes import BOX, boxed, one_of
 
 MAX_ANSWER = 2000  # characters of a mathematical answer; a longer one is not read
 
@@ -19,15 +20,6 @@ def last_block(text: str, opening: str, closing: str) -> str | None:
 # --------------------------------------------------------------------------------------------------
 # mathematics
 # --------------------------------------------------------------------------------------------------
-def one_of(words: str) -> str:
-    """A pattern of whole words.
-
-    >>> bool(re.search(one_of("so thus"), "and so on")), bool(re.search(one_of("so"), "sort"))
-    (True, False)
-    """
-    return rf"\b(?:{'|'.join(words.split())})\b"
-
-
 def final_answer(text: str) -> str | None:
     """The mathematical answer of a response, as text; None if it gives none.
 
@@ -45,101 +37,28 @@ def final_answer(text: str) -> str | None:
     >>> final_answer("**Answer**: 18 eggs, as 9 * 2 = 18.")
     '18 eggs'
     """
-    block = last_block(text, "<answer>", "</answer>")
-    if block is not None and not BOX.search(text.rpartition("</answer>")[2]):
+    block, rest = last_block(text, "<answer>", "</answer>"), text.rpartition("</answer>")[2]
+    if block is not None and not BOX.search(rest):
+        first = clause(block) or None
         if BOX.search(block) or MARK.search(block):
-            return final_answer(block.replace("<answer>", " "))
-        return clause(block) or None
+            first = final_answer(block.replace("<answer>", " "))
+        return later_answer(rest, first)
     if BOX.search(text):
-        return boxed_answer(text)
+        first, rest = boxed(text)
+        return later_answer(rest, first)
     return marked_answer(text)
 
 
-def last_boxed(text: str) -> str | None:
-    """What is in the last box; None if there is none or it is not closed.
-
-    >>> last_boxed(r"\\boxed{1}, no, \\boxed{\\frac{1}{2}}"), last_boxed(r"\\boxed{1} \\boxed{3")
-    ('\\\\frac{1}{2}', None)
-    """
-    found = boxes(text)
-    return found[-1].content if found else None
-
-
-class Box(NamedTuple):
-    start: int  # where \\boxed begins
-    end: int  # behind the closing brace
-    content: str
-
-
-COMMAND = r"(?<!\\)(?:\\\\)*\\(?:boxed|fbox)(?![A-Za-z])\s*"
-BOX = re.compile(COMMAND + r"(?=(\{)|(-?[\d.,]+|[A-Z])(?![\w^{\\]))")  # \boxed{5} or \boxed 5
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-
-
-def boxes(text: str) -> list[Box]:
-    """The boxes that stand in no other box, in order; [] if the last one is not closed.
-
-    >>> [box.content for box in boxes(r"\\boxed{\\boxed{3}} \\boxed{{1}} \\boxed 5.")]
-    ['\\\\boxed{3}', '{1}', '5']
-    """
-    found: list[Box] = []
-    for opening in BOX.finditer(text):
-        start = opening.end()
-        if found and start < found[-1].end:
-            continue
-        if opening[2]:
-            bare = opening[2].rstrip(".,")
-            found.append(Box(opening.start(), start + len(bare), bare))
-            continue
-        end = closing_brace(text, start)
-        if end < 0:
-            return []
-        found.append(Box(opening.start(), end, text[start + 1 : end - 1]))
-    return found
-
-
-def closing_brace(text: str, start: int) -> int:
-    """The place behind the brace that closes the one at `start`, or -1.
-
-    >>> closing_brace("{a{b}}c", 0), closing_brace(r"{a\\}", 0)
-    (6, -1)
-    """
-    depth = 0
-    for brace in BRACE.finditer(text, start):
-        depth += (brace[0] == "{") - (brace[0] == "}")
-        if depth == 0:
-            return brace.end()
-    return -1
-
-
-# What may stand between boxes that are one answer: \boxed{1}$ and $\boxed{2}, "and y =".
-JOINT = re.compile(r"(?:\s|[$,;&{}]|\\[()\[\],;:! ]|\\q?quad|\*\*|\\text|\band\b|\bor\b)*")
-NAMED = re.compile(r"[^.\n]{0,40}(?:[,;&]|\band\b|\bor\b)[^.\n]{0,40}")
-TURNS = "so thus hence then therefore but no not wait actually instead which because since means"
-TURN = re.compile(rf"(?i){one_of(TURNS + ' mean gives give now first')}|[⇒→]|\\to|\\R?implies")
-
-# The box is a part of a term: \boxed{5}\sqrt2, \boxed{5}^2, \boxed{5}x; 2\boxed{5}, $-\boxed{5}.
-GOES_ON = re.compile(
-    r"\s?(?:\^|/\s*[\d\\]|\\(?:sqrt|frac|pi|times|cdot|pm)(?![a-z])|[-+*]\s?[\d\\])"
-    r"|[A-Za-z](?![A-Za-z])|(?:\\?%)?[.,]?\d"
-)
-WITHIN = r"\\[dt]?(?:frac|sqrt)\s*\{|\}\{|\^\{?|\d\{?|\\sqrt\s*\{[^{}]*\}\s*|\\pi\s*"
-SIGNED = r"[$=(\d]\s*[-+]|(?:^|\s)[-+−]|[\d)}]\s*(?:\\cdot|\\times|\*|/)\{?"
-COMPARED = r"[\w)}]\s*(?:[<>≤≥≠]|\\(?:l|g|n)eq?(?:slant)?)\s*"  # x > \boxed{5}
-DENIED = r"(?:\b(?:not|never|cannot be|except|than|neither)|n['’]t(?: be)?)[\s$*(\[\\]*"
-BEGUN = re.compile(rf"(?:{WITHIN}|{SIGNED}|{COMPARED}|{DENIED})\Z")
-TAG = re.compile(r"(?:</?[a-z]+>|(?:^|\n)>+)\s*\Z", re.IGNORECASE)  # <b>, or > of a quotation
-CHOICE = re.compile(r"(?:\s|[$*]|\\[)\]])*\bor\b(?=\s*[\d$\\-])")  # \boxed{5} or 6
-
-
 # "That is wrong", "which cannot be right", "I made a mistake" right behind an answer.
-PAUSE = rf"[\W_]{{0,12}}(?:{one_of('wait oh no hmm but actually oops sorry hold on however')}[\W_]{{0,6}})*"
-SUBJECT = r"(?:(?:that|this|it|which|the answer)\s*)?(?:is|was|seems|looks|must be|['’]s)\s+(?:\w+ly )?"
-FALSE = r"(?:wrong|incorrect|false|impossible|a mistake|not (?:right|correct|possible|the answer))\b"
-CANNOT = r"(?:(?:that|this|it|which)\s+)?(?:cannot|can['’]t) be\b|(?:is|was)n['’]t (?:right|correct)"
+BREAKS = one_of("wait oh no hmm but actually oops sorry hold on however")
+PAUSE = rf"[\W_]{{0,12}}(?:{BREAKS}[\W_]{{0,6}})*"
+SUBJECT = r"(?:(?:that|this|it|which|the answer)\s*)?(?:is|was|seems|must be|['’]s)\s+(?:\w+ly )?"
+FALSE = r"(?:wrong|incorrect|false|impossible|a mistake|not (?:right|correct|possible))\b"
+CANNOT = r"(?:(?:that|this|it|which)\s+)?(?:cannot|can['’]t) be\b|isn['’]t (?:right|correct)"
 ADMITTED = r"i (?:have )?made an? (?:\w+ )?(?:mistake|error)|correction\b|scratch that"
 TAKEN_BACK = re.compile(rf"(?i){PAUSE}(?:{SUBJECT}{FALSE}|{CANNOT}|{ADMITTED})")
-SECOND_THOUGHT = re.compile(rf"(?i){one_of('wait actually mistake wrong incorrect correction oops sorry')}")
+RECONSIDERED = one_of("wait actually mistake wrong incorrect correction oops sorry")
+SECOND_THOUGHT = re.compile(f"(?i){RECONSIDERED}")
 
 
 def later_answer(rest: str, first: str | None) -> str | None:
@@ -157,43 +76,13 @@ def later_answer(rest: str, first: str | None) -> str | None:
     return first
 
 
-def boxed_answer(text: str) -> str | None:
-    """The last box with those that are joined to it; None if it is a part of a term."""
-    found = boxes(text)
-    if not found:
-        return None
-    parts = [found[-1]]
-    for box in reversed(found[:-1]):
-        if not are_joined(text[box.end : parts[0].start]):
-            break
-        parts.insert(0, box)
-    answers = [part.content.strip(" \n*`") for part in parts]
-    before = TAG.sub("", text[: parts[0].start])
-    goes_on = GOES_ON.match(text, parts[-1].end)
-    if goes_on or BEGUN.search(before) or "" in answers:
-        return None
-    choice = CHOICE.match(text, parts[-1].end)
-    if choice:
-        answers.append(clause(text[choice.end() :]) or "?")
-    return later_answer(text[parts[-1].end :], ", ".join(dict.fromkeys(answers)))
-
-
-def are_joined(between: str) -> bool:
-    """Whether the text between two boxes makes one answer of them.
-
-    >>> [are_joined(x) for x in ("$ and $", " and $y = ", ", so it is ", ". Then ")]
-    [True, True, False, False]
-    """
-    named = NAMED.fullmatch(between) and not TURN.search(between)
-    return bool(JOINT.fullmatch(between) or named)
-
-
 # --------------------------------------------------------------------------------------------------
 # marked answers
 # --------------------------------------------------------------------------------------------------
 TASK = r"(?:\s+(?:to|for|of)\s+(?:the|this|your|our)\s+(?:\w+\s+)?(?:problem|question|exercise))?"
 IS = r"(?:is|was|equals|would be|will be|must be|should be|comes out to|comes to)\b"
-ASIDE = r"(?:,\s\w+,|,?\s(?:therefore|thus|then)|\s(?:that )?(?:i|we|you)\s\w+)?"  # answer we get is
+# "The answer, then, is", "the answer that we get is".
+ASIDE = r"(?:,\s\w+,|,?\s(?:therefore|thus|then)|\s(?:that )?(?:i|we|you)\s\w+)?"
 MARK = re.compile(
     r"(?P<hashes>^\s*####|(?<=[\s.])####)"
     rf"|(?<![a-z])answer{TASK}{ASIDE}\s*[*_]*\s*(?:{IS}|:|=|≈)"
@@ -208,7 +97,7 @@ OTHERS = "wrong incorrect first initial previous earlier other naive common temp
 OTHERS += " that intermediate partial rough"
 # "If the answer is 5", "I don't think that the answer is 5", "a mistake is to say the answer is 5".
 SUPPOSED = one_of("if whether suppose supposing assume assuming imagine unless")
-DENIAL = r"(?:n['’]t|\b(?:not|never|hardly))(?:\s\w+){0,3}"
+DENIAL = r"(?:n['’]t|\b(?:not|never|hardly|doubt|unlikely|deny))(?:\s\w+){0,3}"
 MISTAKE = rf"{one_of('mistake mistaken wrong incorrect tempting error myth')}(?:\s\w+){{0,5}}"
 GUESS = rf"{one_of('might may could some many people students')}\s(?:\w+\s)?(?:think|say|guess)s?"
 PRETEXT = rf"(?:{SUPPOSED}|{DENIAL}|{MISTAKE}|{GUESS})\s+(?:that\s+)?(?:the|my|our)\s+(?:\w+\s+)?"
@@ -250,7 +139,7 @@ def json_value(rest: str) -> str:
     return (quoted or bare or "").replace("\\\\", "\\")
 
 
-STOPS = "is that thus therefore now actually indeed simply exactly only just"
+STOPS = "is that thus therefore now actually indeed simply exactly only just definitely certainly"
 FILLER = re.compile(
     rf"(?:[\s:=>}}]|\*\*|__|(?<![\w*])\*(?=\s)|{one_of(STOPS)}|\b(?:equal to|given by|as follows)\b"
     r"|\bthe (?:number|value|integer|option|choice)(?: of)?\b)*",
@@ -266,13 +155,14 @@ OPEN_END = re.compile(r"\.\.|—\s*\d")  # 5... or 5—6
 DOUBTS = "no wait maybe perhaps or but sorry unsure probably possibly might could either otherwise"
 HEDGE = re.compile(
     rf"(?i){one_of(DOUBTS + ' unless depending respectively if')}|\bnot sure\b|\?"
-    r"|\band\s+\$?-?[\d\0]|\b(?:for|when)\b.*[,;]\s*\$?-?[\d\0].*\b(?:for|when)\b"
+    r"|\A[,;]?\s*then\b|\band\s+\$?-?[\d\0]|\b(?:for|when)\b.*[,;]\s*\$?-?[\d\0].*\b(?:for|when)\b"
 )
 REASONS = "because since as where which for when so after making giving assuming given using rather"
 NEXT_CLAUSE = re.compile(
     r"\s-\s(?!(?:log|ln|sin|cos|tan|sqrt|pi)\b)(?=[A-Za-z]{2})"
     r"|[,;]\s+(?!(?:and|or|sqrt|pi)\b)(?=[A-Za-z]{2})"
-    r"|\s\((?!mod|base)(?=[A-Za-z]{3,}\s+\S*[\d=$]|(?:see|since|as|because|from|by|which)\b)"
+    r"|\s\((?!mod|base)(?=[A-Za-z]{3,}\s+(?:of\s+)?\S*[\d=$])"
+    r"|\s\((?=(?:see|since|as|because|from|by|which)\b)"
     rf"|[,;]?\s+{one_of(REASONS)}"
     rf"|\s+(?:and|but)\s+{one_of('the it he she they we this that so')}"
 )

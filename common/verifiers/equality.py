@@ -134,6 +134,8 @@ def one_value(gold: Node, answer: Node) -> bool:
     if "matrix" in ops:
         return same_matrices(gold, answer)
     if "%" in unit or "%" in other:
+        if unit and other and ("%" in unit) != ("%" in other):
+            return False
         return same_percents(gold, "%" in unit, answer, "%" in other)
     if ("°" in unit) != ("°" in other) and "pi" in symbols(gold) | symbols(answer):
         return equal(in_radians(gold, unit), in_radians(answer, other))
@@ -213,8 +215,8 @@ def members_of(node: Node) -> list[Node]:
         found = signs(node)
     else:
         found = []
-        for part in node.args:
-            found += members_of(without_name(part))
+        for part in map(without_name, node.args):
+            found += [part] if part.op == "set" else members_of(part)
     if unit:
         found = [Node("unit", (member, tuple(unit))) for member in found]
     return list(dict.fromkeys(found))

@@ -1,11 +1,10 @@
 """Reference answers in one form: what people see at start, and what the teacher is shown."""
 from __future__ import annotations
 
-import json
 import re
 from decimal import Decimal
 
-from common.verifiers.answers import last_boxed
+from common.verifiers.boxes import last_boxed
 
 NUMBER = r"-?(?:\d[\d,]*)?\.?\d+"
 WORDS = r"[A-Za-z][A-Za-z .'/%-]*"
@@ -18,14 +17,14 @@ SHORT = 9  # powers of ten up to which a number is written out
 
 def normal_gold(text: str) -> str:
     r"""A reference answer without its box, the borders of a formula and a unit in brackets, with
-    numbers as mathematics writes them. A list of one is its element, one of several a set.
+    numbers as mathematics writes them.
 
-    >>> [normal_gold(x) for x in ('["1", "2"]', "61 (cookies)", r"$\boxed{7}$", "27.0")]
-    ['1, 2', '61', '7', '27']
+    >>> [normal_gold(x) for x in ("61 (cookies)", r"$\boxed{7}$", "27.0")]
+    ['61', '7', '27']
     >>> [normal_gold(x) for x in ("2.75e11", "1e-07", "1 000 000", "2 1/2", "-13x+3")]
     ['2.75 \\times 10^{11}', '0.0000001', '1000000', '2\\frac{1}{2}', '-13x+3']
     """
-    text = ", ".join(parts_of(text)).strip()
+    text = text.strip()
     formula = text.strip("$ ")
     if "$" not in formula and text.startswith("$") and text.endswith("$"):
         text = formula
@@ -43,19 +42,6 @@ def normal_gold(text: str) -> str:
     if re.fullmatch(r"-?\d+\.0", text):
         return text[:-2]
     return MIXED.sub(r"\1\\frac{\2}{\3}", text) if MIXED.fullmatch(text) else text
-
-
-def parts_of(text: str) -> list[str]:
-    """The elements of a JSON list of texts; of any other text, the text itself."""
-    if not re.fullmatch(r'\s*\[\s*".*"\s*\]\s*', text, re.DOTALL):
-        return [text]
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return [text]
-    if not all(isinstance(part, str) for part in found):
-        return [text]
-    return found
 
 
 def written_out(digits: str, power: int) -> str:

@@ -17,7 +17,15 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from common.verifiers.notation import FUNCTIONS, NUMBERS, Token, Unreadable, tokens
-from common.verifiers.units import CHANGES, MULTIPLES, PARTS, UNITS, unit_of, value_in_words
+from common.verifiers.units import (
+    CHANGES,
+    DENYING,
+    MULTIPLES,
+    PARTS,
+    UNITS,
+    unit_of,
+    value_in_words,
+)
 
 LABELS = tuple("ABCDEFGHIJ")  # of options
 MONEY_SIGNS = ("¤", "€", "£", "¥", "₹")
@@ -90,8 +98,8 @@ def as_words(found: list[Token]) -> Node | None:
     if "word" not in kinds or not kinds <= {"word", "letter"}:
         return None
     bare = tuple(word for word in words if word not in ("a", "an", "the"))
-    if bare and bare[0] in MULTIPLES:  # a dozen eggs
-        return number(MULTIPLES[bare[0]]) if len(bare) == 1 else None
+    if bare and bare[0] in MULTIPLES and words[0] == "a" and not CHANGES.intersection(bare):
+        return Node("unit", (number(MULTIPLES[bare[0]]), tuple(unit_of(bare[1:]))))  # a dozen eggs
     counted = words[0] in NUMBERS or words[0] in SIGNS
     if counted or words[0] in FILLERS or "and" in words or "or" in words:
         return None
@@ -140,7 +148,8 @@ class Parser:
         end = self.here
         while end < len(self.tokens) and self.tokens[end].kind == "word":
             end += 1
-        if end > self.here and end < len(self.tokens) - 1 and self.tokens[end].text == ":":
+        named = end > self.here and not denying(self.tokens[self.here : end])
+        if named and end < len(self.tokens) - 1 and self.tokens[end].text == ":":
             self.here = end + 1  # Total cost: $5
         label = self.label()
         if label:
@@ -256,7 +265,8 @@ class Parser:
     def unit_words(self, token: Token, words: list[str]) -> list[str]:
         """What a token after a number adds to the words that stand there already."""
         text = token.text
-        if token.kind == "word" and text.lower() not in CHANGES | set(NUMBERS):
+        changed = text.lower() in CHANGES | set(NUMBERS) or text.lower().endswith("fold")
+        if token.kind == "word" and not changed:
             return [text]
         if text in ("%", "°", "¢", *MONEY_SIGNS) and text not in words:
             return [text]
@@ -446,7 +456,7 @@ class Parser:
             digits, _, base = token.text.partition("_")
             return Node("based", (digits.lstrip("0"), int(base)))
         if token.kind == "letter":
-            return Node("sym", (token.text + self.subscript(),))
+            return Node("sym", (token.text + self.subscript() + self.argument_of_name(),))
         if token.kind == "word":
             return self.number_in_words(token)
         if token.text == "infty":
@@ -472,6 +482,16 @@ class Parser:
             name += self.take().text
         self.take("}")
         return f"_{name}"
+
+    def argument_of_name(self) -> str:
+        """The number in brackets right behind a letter: f(0) is no product, so it is not 0."""
+        opening, inside, closing = map(self.after, range(3))
+        if opening is None or opening.text != "(" or opening.spaced or closing is None:
+            return ""
+        if inside.kind != "number" or closing.text != ")":
+            return ""
+        self.here += 3
+        return f"({inside.text})"
 
     def number_in_words(self, token: Token) -> Node:
         """
@@ -681,7 +701,7 @@ def is_name(part: list[Token]) -> bool:
     texts = [token.text for token in part]
     kinds = {token.kind for token in part}
     first, last = texts[0], texts[-1]
-    if part[0].kind == "number" or OPERATORS.intersection(texts):
+    if part[0].kind == "number" or OPERATORS.intersection(texts) or denying(part):
         return False
     if first in ANGLES:
         return kinds <= {"letter", "name"}
@@ -695,6 +715,10 @@ def is_name(part: list[Token]) -> bool:
     single = len(part) == 1 and kinds <= {"letter", "name"}
     shape = fraction or called or pair or bars or subscript or single
     return shape or "word" in kinds or "\\angle" in texts or first == "\\overline"
+
+
+def denying(part: list[Token]) -> bool:
+    return any(token.text.lower() in DENYING for token in part)
 
 
 def number(value: int | Fraction) -> Node:

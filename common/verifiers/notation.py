@@ -77,6 +77,7 @@ REPLACEMENTS = [  # (pattern, what it becomes), in this order
     (r"√", r"\\sqrt "),
     (r"\\(?:[dtcs]|nice)frac(?![A-Za-z])", r"\\frac"),
     (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"(?<=\d)\s*\^\s*(?:o(?!\w)|\{\s*o\s*\})", "°"),
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
     (r"\\(?:left|right)\s*\.", ""),
@@ -142,20 +143,26 @@ def vulgar(match: re.Match) -> str:
 
 
 STYLED = r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+"
-RUN = re.compile(rf"{STYLED}|(?<![A-Za-z])(?P<run>[A-Za-z]{{2,3}})(?![A-Za-z])")
+RUN = re.compile(rf"{STYLED}|(?P<under>/ *)?(?<![A-Za-z])(?P<run>[A-Za-z]{{2,3}})(?![A-Za-z])")
 
 
 def spelled(text: str) -> str:
-    """The text with runs of two or three letters as products of variables: RC, mg, kT.
+    """The text with runs of two or three letters as products of variables: RC, mg, kT. Behind a
+    "/" the whole run divides; with a power or a factor after it that would be unclear.
 
-    >>> spelled(r"e^{-t/RC} \\sin x mod 2"), spelled(r"\\frac{GMm}{kT} \\mathrm{kg}")
-    ('e^{-t/R C} \\\\sin x mod 2', '\\\\frac{G M m}{k T} \\\\mathrm{kg}')
+    >>> spelled("e^{-t/RC} mod 2"), spelled("kT/ab^2"), spelled(r"GMm \\mathrm{kg}")
+    ('e^{-t/(R C)} mod 2', 'k T/ab^2', 'G M m \\\\mathrm{kg}')
     """
-    kept = SHORT | FUNCTIONS | SYMBOLS | set(NUMBERS) | {"mod", "sqr", "if"}
+    kept = SHORT | FUNCTIONS | SYMBOLS | set(NUMBERS) | {"mod"}
 
     def apart(match: re.Match) -> str:
         run = match["run"]
-        return " ".join(run) if run and run not in kept and run.lower() not in SHORT else match[0]
+        if not run or {run, run.lower()} & kept:
+            return match[0]
+        if not match["under"]:
+            return " ".join(run)
+        unclear = re.match(r"\s*[\w^(\\]", text[match.end() :])
+        return match[0] if unclear else f"/({' '.join(run)})"
 
     return RUN.sub(apart, text)
 

@@ -54,6 +54,16 @@ SPELLINGS = {  # the unit → other spellings of it
     "f": "F fahrenheit",
     "mol": "moles",
     "ev": "eV",
+    "kev": "keV",
+    "mev": "MeV",
+    "gev": "GeV",
+    "ghz": "GHz",
+    "nm": "nanometer nanometers",
+    "erg": "ergs",
+    "cal": "calorie calories",
+    "kcal": "",
+    "atm": "",
+    "ohm": "ohms",
     "rad": "radian radians",
     "°": "degree degrees deg",
     "%": "percent pct percentage",
@@ -72,7 +82,7 @@ LETTERS = "mgshlLNJWVKCF"  # units of one letter, which could also be variables
 
 MULTIPLES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
-    "dozen": 12,
+    "dozen": 12, "lakh": 10**5, "crore": 10**7, "quadrillion": 10**15, "quintillion": 10**18,
 }
 MULTIPLES |= {f"{name}s": value for name, value in MULTIPLES.items()}
 ONES = (
@@ -95,10 +105,16 @@ SHORT = set(  # words of two and three letters that are no product of variables
 CHANGES = set(  # after a number they make another value of it, or leave it open
     "half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths eighth "
     "eighths tenth tenths hundredth hundredths thousandth thousandths squared cubed factorial "
-    "plus minus divided multiplied mod modulo root to than not if unless either between "
-    "or and but maybe perhaps probably possibly least most about almost nearly except without "
-    "power score gross exponent short negative infinity point double triple twice base binary octal "
-    "hexadecimal".split()
+    "plus minus divided multiplied mod modulo root to than not if unless either between or and "
+    "but maybe perhaps probably possibly least most about almost nearly except without inverse "
+    "repeating recurring grand doubled tripled halved inverted negated reversed upward upwards "
+    "onward onwards something complement conjugate unsure uncertain guess guessing wrong "
+    "incorrect power score gross exponent short negative infinity point double triple twice base "
+    "binary octal hexadecimal".split()
+)
+DENYING = set(  # no name of a quantity has them: "twice x = 5", "not: 5"
+    "not no nothing none neither never wrong incorrect previous twice half double triple squared "
+    "cubed minus negative times inverse reciprocal except unlike".split()
 )
 
 

@@ -351,8 +351,9 @@ def signed(node: Node, sign: int) -> Node:
 # rounded golds
 # --------------------------------------------------------------------------------------------------
 def rounded(gold: Node, answer: Node) -> bool:
-    """A gold of three decimals or more may be rounded: an answer that no decimal can write, such as
-    1/3 or a root, is right if it rounds to the gold. A decimal answer must be the gold exactly.
+    """A gold of three decimals and digits or more may be rounded: an answer that no decimal can
+    write, such as 1/3 or a root, is right if it rounds to the gold. A decimal answer must be the
+    gold exactly.
 
     >>> from common.verifiers.grammar import read
     >>> [rounded(read("0.333"), read(x)) for x in ("1/3", "0.3333", "1/4")]
@@ -364,6 +365,8 @@ def rounded(gold: Node, answer: Node) -> bool:
     if gold.op != "num" or gold.args[1] < 3 or symbols(answer) - {*CONSTANTS}:
         return False
     value, places = sign * gold.args[0], gold.args[1]
+    if abs(value) * 10**places < 100:
+        return False
     rational = exact(answer)
     if rational is not None:
         near = abs(rational - value) * 2 * 10**places <= 1
