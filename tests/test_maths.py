@@ -239,6 +239,11 @@ SAME = {
         ("f(0)", ["f(0)"], ["0", "g(0)", "f(1)"]),
         ("0", [r"\sin \pi"], ["f(0)", "I(0)"]),
     ],
+    "units behind a slash or an article; the real numbers": [
+        ("5", ["$5/hour", "$5 a day", "5 pts", "5 o'clock", "5️⃣"], ["5/x", "5 a", "5/six", "5,5", "5/half"]),
+        (r"6.67 \times 10^{-11}", [r"6.67 \times 10^{-11} \text{ N m}^2/\text{kg}^2"], [r"6.67 \times 10^{-11} x"]),
+        (r"\mathbb{R}", ["all real numbers", r"(-\infty, \infty)", r"x \in \mathbb{R}"], [r"\mathbb{Z}", r"(0, \infty)", "R^2"]),
+    ],
     "a set of sets, a small rounded gold, percent and degrees, a name on the right": [
         (r"\{1,2,4\}", ["4, 2, 1"], [r"\{1,2\}, \{4\}"]),
         ("0.001", [r"\frac{1}{1000}", "10^{-3}"], [r"\frac{1}{999}", r"\frac{1}{1001}"]),
@@ -280,7 +285,7 @@ TAKEN = {
                r"\boxed{6}. Wait, that is wrong. The answer is 5.", "It should be clear that the answer is 5.", "I think the answer is 5.", "The answer is 5 rather than 6.", "The answer, then, is 5.", "So the answer we get is 5.", "The answer is definitely 5."],
          [r"\boxed{5}. Wait, that is wrong. The answer is 6.", r"$\boxed{5}$. Actually no, the correct answer is $6$.", r"\boxed{5} is wrong.", r"\boxed{5}. Oops, I made a mistake.", "The answer is 5, which is wrong.", "The answer is 5. Hmm, that can't be right.",
           "I don't think the answer is 5.", "It is not true that the answer is 5.", "If the answer is 5, we get a contradiction.", "Suppose the answer is 5.", "A common mistake is to say that the answer is 5.", "You might think the answer is 5.", "I doubt that the answer is 5.",
-          "The answer is 5, then doubled: 10."]),
+          "The answer is 5, then doubled: 10.", "The answer is 5 per day for 3 days.", "The answer is 5\n\nor 6.", "Final answer:\n\nx = 5\ny = 6"]),
     ],
     "tags and JSON mark an answer": [
         ("5", ["<answer>5</answer>", "<answer> \\boxed{5} </answer>", "<answer>5 apples</answer>", "<answer>The answer is 5.</answer>", "<answer>6</answer> Wait. <answer>5</answer>", r"\boxed{6} <answer>5</answer>", '{"answer": 5}', '{"why": "2 + 3", "answer": "5"}', "{'answer': 5}"],

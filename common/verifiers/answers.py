@@ -160,14 +160,15 @@ HEDGE = re.compile(
 REASONS = "because since as where which for when so after making giving assuming given using rather"
 NEXT_CLAUSE = re.compile(
     r"\s-\s(?!(?:log|ln|sin|cos|tan|sqrt|pi)\b)(?=[A-Za-z]{2})"
-    r"|[,;]\s+(?!(?:and|or|sqrt|pi)\b)(?=[A-Za-z]{2})"
+    r"|[,;]\s+(?!(?:and|or|sqrt|pi)\b)(?=[A-Za-z]{2}|i\.e)"
     r"|\s\((?!mod|base)(?=[A-Za-z]{3,}\s+(?:of\s+)?\S*[\d=$])"
     r"|\s\((?=(?:see|since|as|because|from|by|which)\b)"
     rf"|[,;]?\s+{one_of(REASONS)}"
     rf"|\s+(?:and|but)\s+{one_of('the it he she they we this that so')}"
 )
 STARS = r"\*\*(?!\w)|(?<![\w)])\*\*|(?<![\w*])\*(?=\w)|(?<=\w)\*(?![\w*\s(])"  # bold, not 2**3
-MARKUP = re.compile(rf"<<.*?>>|{STARS}|__|[`\"“”]")
+MORE_LINES = re.compile(r"\n\s*(?=or\b)|(?<=[\d}])\n\s*(?=[a-z] ?= ?[-\d\\])")  # x = 5, y = 6
+MARKUP = re.compile(rf"<<.*?>>|{STARS}|__|[`\"“”«»]")
 SUM = re.compile(r"^[\d\s.,+*/×÷()$-]+=(?=\s*\$?-?\d)")  # 4+24= before 28
 
 
@@ -189,7 +190,7 @@ def clause(rest: str) -> str:
     text = text[len(filler) :]
     if "\n" in filler and re.match(r"[-−–*+•]\s", text):
         return ""  # an item of a list, or a sign
-    text = text[SENTENCE.match(text).end() :]
+    text = MORE_LINES.sub(", ", text[SENTENCE.match(text).end() :])
     end = END.search(text)
     if end and OPEN_END.match(text, end.start()):
         return ""
@@ -199,7 +200,8 @@ def clause(rest: str) -> str:
     if cut:
         first, remainder = sentence[: cut.start()], sentence[cut.start() :]
     taken_back = TAKEN_BACK.match(text, len(first))
-    if HEDGE.search(remainder) or "?" in sentence or taken_back:
+    repeated = re.search(r"\b(?:per|each|every)\b", first) and re.match(r"\s*for \d", remainder)
+    if HEDGE.search(remainder) or "?" in sentence or taken_back or repeated:
         return ""
     for i, formula in enumerate(formulas):
         first = first.replace(f"\0{i}\0", formula)

@@ -161,6 +161,9 @@ class Parser:
         """Items; inequalities that "and" joins hold together."""
         start = self.here
         found = self.items()
+        same = len(found) == 2 and found[0] == found[1] and found[0].op == "num"
+        if same and not self.tokens[self.here - 1].spaced and self.text(-2) == ",":
+            raise Unreadable("5,5 may be 5.5")
         joints = {token.text for token in self.tokens[start : self.here]} & {"or", ",", ";"}
         together = len(found) > 1 and not joints and all(map(is_inequality, found))
         if together:
@@ -268,6 +271,9 @@ class Parser:
         changed = text.lower() in CHANGES | set(NUMBERS) or text.lower().endswith("fold")
         if token.kind == "word" and not changed:
             return [text]
+        counted = not words and self.after(-2).kind == "number"
+        if self.at_article(-1) or (text == "/" and counted and self.at_unit(0)):
+            return ["per"]  # $5 a day, $5/hour
         if text in ("%", "°", "¢", *MONEY_SIGNS) and text not in words:
             return [text]
         if token.kind == "letter" and self.last(2) in ("°", "/"):
@@ -373,6 +379,11 @@ class Parser:
         token = self.after(count)
         return token is not None and token.kind == "word" and token.text.lower() not in NUMBERS
 
+    def at_article(self, count: int) -> bool:
+        """Whether an "a" stands before a word, as in 5 a day."""
+        token = self.after(count)
+        return token.text == "a" and token.spaced and self.at_unit(count + 1)
+
     def side_by_side(self) -> bool:
         """Whether a factor follows that no sign joins."""
         token, before = self.now, self.tokens[self.here - 1]
@@ -381,7 +392,7 @@ class Parser:
         if token.text == "{":
             return before.kind not in ("number", "sign")
         if token.kind in ("letter", "name"):
-            return True
+            return not self.at_article(0)
         return token.text in OPENING and self.opens()
 
     def opens(self) -> bool:

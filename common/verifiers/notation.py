@@ -58,7 +58,7 @@ LOOKS_LIKE = {  # what a character becomes → the characters
     "\\rceil ": "⌉",
     "\\sqrt[3]": "∛",
     "...": "…",
-    "": "\u200b\u2060\ufeff\u00ad\u200e\ufe0f✅✓✔🎉🎯😊😀😃😄🙂👍💯✨🚀",
+    "": "\u200b\u2060\ufeff\u00ad\u200e\ufe0f\u20e3✅✓✔🎉🎯😊😀😃😄🙂👍💯✨🚀",
 }
 GREEK = dict(zip("αβγδεθλμπρστφω", (
     "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi omega").split()))
@@ -68,8 +68,11 @@ UNICODE = str.maketrans(CHARACTERS)
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
+REALS = r"\\mathbb\s*\{?\s*R\s*\}?|ℝ|(?:\\text\s*\{)?\s*(?:[Aa]ll )?real numbers\s*\}?"
 REPLACEMENTS = [  # (pattern, what it becomes), in this order
     (r"<<.*?>>", ""),  # GSM8K's calculator notes
+    (rf"^\s*\$?\s*(?:[a-z]\s*\\in\s*)?(?:{REALS})\s*\$?\.?\s*$", r"(-\\infty, \\infty)"),
+    (r"o'clock", "oclock"),
     (r"\\(?:checkmark|blacksquare|qed)\b", ""),
     (r"(?<=\d)\s*–\s*(?=\$?\d)", " to "),  # 3–5 is a range
     (r"–", "-"),
@@ -398,7 +401,7 @@ def kind_of(run: str, counted: bool, spaced: bool, upright: bool, rest: str) -> 
     number, so a unit may stand here; rest: the text behind it."""
     name = SAME_NAME.get(run, run)
     if len(run) == 1:
-        unit = run in LETTERS and counted and (spaced or upright) and AT_END.match(rest)
+        unit = run in LETTERS and counted and (upright or (spaced and AT_END.match(rest)))
         return "word" if unit else "letter"
     if run in UNITS and counted:
         return "word"
