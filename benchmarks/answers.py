@@ -1,6 +1,7 @@
 """How often mathematical answers are judged as they should be, and how fast.
 
     python benchmarks/answers.py --data_dir data                # writes results/verifiers/maths.json
+    python benchmarks/answers.py adversary results/verifiers/adversary.json  # judges its cases again
     pip download --no-deps --no-binary :all: math-verify==0.9.0 # and unpack it, for --math_verify
 
 Golds are judged against themselves in six written forms, and against every other gold of their set: a pair that
@@ -25,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from common.tasks import load_problems
+from common.tasks.kinds import as_problem
 from common.verifiers.answers import final_answer
 from common.verifiers.equality import compare, reading, same
-from common.verifiers.pool import Verifier
+from common.verifiers.pool import Verifier, judge
 
 FORMS = {"boxed": "So \\boxed{%s}.", "hashes": "#### %s", "formula": "The answer is $%s$.", "prose": "The answer is %s.",
          "bold": "**Answer:** %s", "heading": "### Final Answer\n\n\\[%s\\]"}
@@ -138,5 +140,30 @@ def main(args: Args) -> None:
     print(json.dumps(result.get("speed"), indent=1))
 
 
+def adversary(path: Path) -> None:
+    """Judge the cases of a file again and write the verdicts into it. A case has the reference, the response, what a
+    careful person says, the verdict before the rounds, the verdict now and, for a disagreement that stands, why."""
+    found = json.loads(path.read_text())
+    counts = {entry["name"]: [0, 0, 0] for entry in found["rounds"]}  # cases, agree, wrong ones that are paid
+    for case in found["cases"]:
+        problem = as_problem(dict(question="?", answer=case["gold"]), "adversary")
+        case["now"] = int(judge(problem, case["text"]).reward)
+        same = case["now"] == case["careful"]
+        count = counts[case["round"]]
+        count[0], count[1], count[2] = count[0] + 1, count[1] + same, count[2] + (case["now"] > case["careful"])
+        if not same:
+            print(case)
+    for entry in found["rounds"]:
+        entry["cases"], entry["agree_now"], entry["paid_wrong_now"] = counts[entry["name"]]
+        print(entry)
+    lines = [json.dumps(case, ensure_ascii=False) for case in found["cases"]]
+    rounds = [json.dumps(entry) for entry in found["rounds"]]
+    head = json.dumps({name: value for name, value in found.items() if name not in ("rounds", "cases")}, indent=1)[:-2]
+    path.write_text(head + ',\n "rounds": [\n' + ",\n".join(rounds) + '\n ],\n "cases": [\n' + ",\n".join(lines) + "\n ]\n}\n")
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    if sys.argv[1:2] == ["adversary"]:
+        adversary(Path(sys.argv[2]))
+    else:
+        main(tyro.cli(Args))

@@ -228,7 +228,7 @@ SAME = {
         ("-4", ["negative four", "minus four", r"\text{negative } 4"], ["four", "not negative four"]),
         ("1.5", ["one and a half hours", "one and one half", "three halves"], ["one", "one and a third", "one and two"]),
         ("12", ["a dozen", "a dozen eggs", "12"], ["dozens"]),
-        ("5", ["5 ✅", "5 😊"], ["5 ❌", "5 gross", "5 lakh", "5 repeating", "5 doubled", "5 grand", "five-fold", "5 tenfold", "5 (unsure)", "twice x = 5", "not: 5",
+        ("5", ["5 ✅", "5 😊"], ["5 ❌", "5 gross", "5 lakh", "5 repeating", "5 doubled", "5 grand", "five-fold", "five twelfths", "5 tenfold", "5 (unsure)", "twice x = 5", "not: 5",
                                  r"\text{half of } x = 5", "nothing is 5"]),
         ("500000", ["5 lakh"], ["5", "5 crore"]),
     ],
@@ -282,10 +282,10 @@ TAKEN = {
     ],
     "an answer that is taken back, denied or supposed is none": [
         ("5", [r"\boxed{5}. Wait, let me verify: 2 + 3 = 5. The answer is 5.", r"\boxed{5}. If you got 6, that is incorrect.", "The answer is 5. It is not 6, which is wrong.", "Since it is not 0, the answer is 5.", "If x = 2, then the answer is 5.",
-               r"\boxed{6}. Wait, that is wrong. The answer is 5.", "It should be clear that the answer is 5.", "I think the answer is 5.", "The answer is 5 rather than 6.", "The answer, then, is 5.", "So the answer we get is 5.", "The answer is definitely 5."],
+               r"\boxed{6}. Wait, that is wrong. The answer is 5.", "It should be clear that the answer is 5.", "I think the answer is 5.", "The answer is 5 rather than 6.", "Answer: Janet makes $5 every day.", "Answer: 5 ways to choose.", "The answer, then, is 5.", "So the answer we get is 5.", "The answer is definitely 5."],
          [r"\boxed{5}. Wait, that is wrong. The answer is 6.", r"$\boxed{5}$. Actually no, the correct answer is $6$.", r"\boxed{5} is wrong.", r"\boxed{5}. Oops, I made a mistake.", "The answer is 5, which is wrong.", "The answer is 5. Hmm, that can't be right.",
           "I don't think the answer is 5.", "It is not true that the answer is 5.", "If the answer is 5, we get a contradiction.", "Suppose the answer is 5.", "A common mistake is to say that the answer is 5.", "You might think the answer is 5.", "I doubt that the answer is 5.",
-          "The answer is 5, then doubled: 10.", "The answer is 5 per day for 3 days.", "The answer is 5\n\nor 6.", "Final answer:\n\nx = 5\ny = 6"]),
+          "An upper bound for the answer is 5.", "Answer: Nobody has 5.", "The answer is 5, then doubled: 10.", "The answer is 5 per day for 3 days.", "The answer is 5\n\nor 6.", "Final answer:\n\nx = 5\ny = 6"]),
     ],
     "tags and JSON mark an answer": [
         ("5", ["<answer>5</answer>", "<answer> \\boxed{5} </answer>", "<answer>5 apples</answer>", "<answer>The answer is 5.</answer>", "<answer>6</answer> Wait. <answer>5</answer>", r"\boxed{6} <answer>5</answer>", '{"answer": 5}', '{"why": "2 + 3", "answer": "5"}', "{'answer': 5}"],

@@ -100,7 +100,9 @@ SUPPOSED = one_of("if whether suppose supposing assume assuming imagine unless")
 DENIAL = r"(?:n['’]t|\b(?:not|never|hardly|doubt|unlikely|deny))(?:\s\w+){0,3}"
 MISTAKE = rf"{one_of('mistake mistaken wrong incorrect tempting error myth')}(?:\s\w+){{0,5}}"
 GUESS = rf"{one_of('might may could some many people students')}\s(?:\w+\s)?(?:think|say|guess)s?"
-PRETEXT = rf"(?:{SUPPOSED}|{DENIAL}|{MISTAKE}|{GUESS})\s+(?:that\s+)?(?:the|my|our)\s+(?:\w+\s+)?"
+BOUND = r"\b(?:bound|estimate|approximation)\s(?:for|on|of|to)"
+PRETEXT = rf"(?:{SUPPOSED}|{DENIAL}|{MISTAKE}|{GUESS}|{BOUND})\s+"
+PRETEXT += r"(?:that\s+)?(?:the|my|our)\s+(?:\w+\s+)?"
 NO_MARK = re.compile(rf"(?i)(?:{one_of(OTHERS)}\s+(?:final )?|{PRETEXT})$")
 REMARKS = "correct right reasonable plausible helpful verified confirmed consistent valid clear"
 REMARKS += " complete checked above below boxed"
@@ -146,7 +148,9 @@ FILLER = re.compile(
     re.IGNORECASE,
 )
 OWNER = r"(?:the|there|our|its|his|her|each)\s[^.?\n]{0,150}?(?<!answer)"
-SENTENCE = re.compile(rf"(?i)(?:{OWNER}\s(?:is|are|equals)\s)?\s*")  # The area is
+VERB = "has have makes make needs need earns spends pays gets"
+DOES = rf"(?:(?!no|none|some|any)[A-Za-z]+\s){{1,2}}{one_of(VERB)}\s"  # Janet makes
+SENTENCE = re.compile(rf"(?i)(?:{OWNER}\s(?:is|are|equals)\s|{DOES})?\s*")  # The area is
 FORMULA = re.compile(
     r"\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]*[^$\n\\])\$(?!\d)", re.DOTALL
 )
@@ -163,7 +167,7 @@ NEXT_CLAUSE = re.compile(
     r"|[,;]\s+(?!(?:and|or|sqrt|pi)\b)(?=[A-Za-z]{2}|i\.e)"
     r"|\s\((?!mod|base)(?=[A-Za-z]{3,}\s+(?:of\s+)?\S*[\d=$])"
     r"|\s\((?=(?:see|since|as|because|from|by|which)\b)"
-    rf"|[,;]?\s+{one_of(REASONS)}"
+    rf"|[,;]?\s+{one_of(REASONS)}|\s+to\s+{one_of('choose arrange make do get pick form be')}"
     rf"|\s+(?:and|but)\s+{one_of('the it he she they we this that so')}"
 )
 STARS = r"\*\*(?!\w)|(?<![\w)])\*\*|(?<![\w*])\*(?=\w)|(?<=\w)\*(?![\w*\s(])"  # bold, not 2**3

@@ -70,6 +70,7 @@ SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 REALS = r"\\mathbb\s*\{?\s*R\s*\}?|ℝ|(?:\\text\s*\{)?\s*(?:[Aa]ll )?real numbers\s*\}?"
 REPLACEMENTS = [  # (pattern, what it becomes), in this order
+    (r"\{\s*:\s*\}", ":"),  # 2{:}45
     (r"<<.*?>>", ""),  # GSM8K's calculator notes
     (rf"^\s*\$?\s*(?:[a-z]\s*\\in\s*)?(?:{REALS})\s*\$?\.?\s*$", r"(-\\infty, \\infty)"),
     (r"o'clock", "oclock"),

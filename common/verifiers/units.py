@@ -95,7 +95,10 @@ ONES = (
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {name: value for value, name in enumerate(ONES)}
 NUMBERS |= {name: 10 * tens for tens, name in enumerate(TENS, 2)}
-ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth".split()
+ORDINALS = (
+    "third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
+    "fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
+).split()
 PARTS = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}  # of one half, three quarters
 PARTS |= {name + plural: value for value, name in enumerate(ORDINALS, 3) for plural in ("", "s")}
 
@@ -115,6 +118,7 @@ CHANGES = set(  # after a number they make another value of it, or leave it open
     "incorrect power score gross exponent short negative infinity point double triple twice base "
     "binary octal hexadecimal".split()
 )
+CHANGES |= set(PARTS)
 DENYING = set(  # no name of a quantity has them: "twice x = 5", "not: 5"
     "not no nothing none neither never wrong incorrect previous twice half double triple squared "
     "cubed minus negative times inverse reciprocal except unlike".split()
