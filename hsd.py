@@ -325,7 +325,7 @@ def check(rollouts: Rollouts, args: Args) -> None:
         "--group_size 1: a group of one has no peers and no advantages; raise it, or take "
         "--context answer with --grpo_mix 0",
     )
-    chats = [teacher_chat(problem, None, args) for problem in rollouts.task.train]
+    chats = [teacher_chat(problem, None, args) for problem in rollouts.task.at_hand]
     rollouts.check_lengths(chats, why=" (with the teacher's context)")
 
 

@@ -289,7 +289,7 @@ def check(rollouts: Rollouts, args: Args) -> None:
         f"--dual_clip {args.dual_clip} must be above 1; 0 switches it off",
     )
     if args.lam > 0:  # exits here if a problem has no hint, or one that is too long
-        rollouts.check_lengths([teacher_chat(problem, args) for problem in rollouts.task.train])
+        rollouts.check_lengths([teacher_chat(problem, args) for problem in rollouts.task.at_hand])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -355,7 +355,7 @@ def check(rollouts: Rollouts, args: Args) -> None:
         "or take --context either",
     )
     if args.context != "feedback":
-        chats = [teacher_chat(problem, "", None, args) for problem in rollouts.task.train]
+        chats = [teacher_chat(problem, "", None, args) for problem in rollouts.task.at_hand]
         why = " (the teacher reads a sibling's response before the student's)"
         rollouts.check_lengths(chats, responses=2, why=why)
 

@@ -54,7 +54,7 @@ from common.rollouts import Batch, Rollouts, check_fits, heldout_metrics
 from common.run import Run
 from common.settings import Flat, Setup, parse
 from common.sampler import Rollout
-from common.tasks import Problem, in_hash_order, take
+from common.tasks import Problem, first_different, take
 from kernels.head import Divergence, TokenStats
 
 
@@ -539,11 +539,10 @@ def check(args: Args, world: int) -> None:
 
 def split_questions(train: list[Problem], args: Args) -> tuple[list[Problem], list[Problem]]:
     """The questions of phase 1 and of phase 2: disjoint, also when each phase runs alone."""
-    different = {problem.id: problem for problem in train}  # a mixture repeats its smaller parts
-    ordered = in_hash_order(list(different.values()))
     wanted = args.srt_questions
     if args.phase != "srt":
         wanted += args.sd_questions
+    ordered = first_different(train, wanted)  # a mixture repeats its smaller parts
     require(
         wanted <= len(ordered),
         f"the phases take {wanted:,} different questions and there are {len(ordered):,}: lower "

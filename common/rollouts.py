@@ -110,13 +110,18 @@ class Rollouts:
         self.task = load_task(
             args.task, heldout=setup.heldout, fields=setup.fields, kind=setup.kind,
             instruction=setup.instruction, data_dir=setup.data_dir, against=setup.against,
+            bad_records=setup.bad_records, gym_reward=setup.gym_reward,
         )
-        problems = [*self.task.heldout, *self.task.train]
+        problems = self.task.at_hand
         self.tokenizer = load_tokenizer(args.model, args.thinking, problems)
         self.verifier = Verifier(
             allow_unsafe_exec=setup.allow_unsafe_exec, restarts=restarts
         )
-        self.verifier.check(problems[run.rank :: run.world])  # a bad reference ends the run here
+        bad = self.verifier.unusable(problems[run.rank :: run.world])
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, bad)
+        self.task = self.task.without([pair for part in everywhere for pair in part])
+        problems = self.task.at_hand
         # tokens that the model can read
         self.context_length = context_length(AutoConfig.from_pretrained(args.model))
         self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
@@ -156,18 +161,14 @@ class Rollouts:
         """
         most = getattr(self.args, flag)
         room = self.context_length - responses * most  # tokens of a prompt
-        sized = []
-        for chat in chats:
-            if chat is not None:
-                size = sum(len(message["content"].encode(errors="replace")) for message in chat)
-                sized.append((size, len(sized), chat))
-        sized.sort(reverse=True)
-        if not sized:
+        shown = [chat for chat in chats if chat is not None]
+        if not shown:
             return
-        frame = 64 + len(self.chat_ids(sized[-1][2]))  # about what a template adds
+        shown.sort(key=bytes_of, reverse=True)
+        template = 64 + len(self.chat_ids(shown[-1]))  # about what it adds
         longest = 0
-        for size, _, chat in sized[self.run.rank :: self.run.world]:
-            if size + frame <= longest:
+        for chat in shown[self.run.rank :: self.run.world]:
+            if bytes_of(chat) + template <= longest:
                 break
             length = len(self.chat_ids(chat))
             if length > longest:
@@ -264,6 +265,12 @@ class Rollouts:
         args = self.args
         if prompts is None:
             prompts = [self.chat_ids(problem.messages) for problem in problems]
+            longest = max(map(len, prompts), default=0)  # also of a problem that was made just now
+            require(
+                longest + args.max_tokens <= self.context_length,
+                f"a prompt of {longest} tokens and --max_tokens {args.max_tokens} exceed the "
+                f"model's context of {self.context_length}; lower --max_tokens",
+            )
         settings = {
             "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p,
         }
@@ -316,6 +323,10 @@ def first_sync(sampler, policy: Policy, prompt: list[int]) -> None:
         f"log-probabilities differ from the policy's by {gap:.2g} nats per token; take --sampler "
         f"{other} or another checkpoint",
     )
+
+
+def bytes_of(chat: list[dict]) -> int:
+    return sum(len(message["content"].encode(errors="replace")) for message in chat)
 
 
 def heldout_metrics(groups: list[Group]) -> dict:

@@ -224,7 +224,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------ the log
     def phase(self, name: str) -> None:
-        """From here on time counts for `name`; it counted for the phase before until now."""
+        """Log the time from now on under `name`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             self.peak_gib()
@@ -310,7 +310,7 @@ class Run:
 
     @contextmanager
     def writing(self, what: Path) -> Iterator[None]:
-        """End the run on all ranks, in words, if something cannot be written. A collective."""
+        """End the run on all ranks with one line if something cannot be written. A collective."""
         failed = ""
         try:
             yield
@@ -355,8 +355,8 @@ class Run:
             if self.setup.track:
                 self.tracker = make_tracker(self.setup.track, self.folder, self.step, settings)
         self.say(f"{self.folder}: {self.world} process(es) on {self.device.type}")
-        for note in rollouts.task.notes:
-            self.say(note)
+        for line in (*rollouts.task.summary, *rollouts.task.notes):
+            self.say(line)
 
     def save(self) -> None:
         self.phase("save")
@@ -440,6 +440,8 @@ class Run:
             f"{rollouts.context_length:,} tokens\n"
             f"{memory.plan(args, lm, rollouts, self.world, copies)}"
         )
+        for line in (*task.summary, *task.notes):
+            self.say(line)
         self.finish(rollouts)
 
 

@@ -29,6 +29,8 @@ class Setup:
     against: str = ""  # more evaluation sets, comma-separated: not trained on either
     fields: str = ""  # the data's field names if they differ, e.g. question=prompt,answer=gold
     kind: Literal["", "math", "choice", "tool", "code"] = ""  # of records; empty: ask them
+    bad_records: Literal["", "error", "skip"] = ""  # empty: skip those of the hub alone
+    gym_reward: Literal["full", "score"] = "full"  # full: 1 or 0; score: the set's partial scores
     instruction: str | None = None  # text added to every maths question; None: asks for \boxed{}
     heldout: int = 256  # problems set aside for evaluation, never trained on
     # machine
@@ -38,13 +40,13 @@ class Setup:
     tensor_parallel: int = 1  # --sampler vllm: ranks that share an engine
     vllm_memory: float = 0.6  # --sampler vllm: share of the GPU's memory for weights and KV cache
     checkpointing: bool = True  # recompute activations: less memory, a third more time
-    shard: Literal["machine", "all"] = "machine"  # weights are split over a machine's ranks, or all
+    shard: Literal["machine", "all"] = "machine"  # ranks that the weights are split over
     lora_rank: int = 0  # train adapters of this rank (try 10 times the lr); 0: all weights
     lora_alpha: float = 32.0  # adapters add alpha/rank·B·A to a weight
     allow_unsafe_exec: bool = False  # run a model's programs without bubblewrap, with your rights
     # run and log
     seed: int = 0  # random seed of data order and sampling
-    out: str = "runs"  # where run folders go
+    out: str = "runs"  # parent of the run folders
     name: str = ""  # folder under --out; empty: made of method, task and seed
     resume: str = ""  # "auto": this run's last checkpoint, if any; or a checkpoint folder
     eval_every: int = 20  # steps between evaluations on the held-out problems
@@ -136,7 +138,7 @@ def installed(package: str) -> bool:
 # random numbers. A resume refuses a change. A method names more of them (Run's `fixed`).
 FIXED = (
     "model", "lora_rank", "lora_alpha", "task", "heldout", "against", "fields", "kind",
-    "instruction", "thinking", "seed",
+    "bad_records", "gym_reward", "instruction", "thinking", "seed",
 )
 # The machine, the log and the length of a run: a resume takes a change without a word. It prints a
 # change of any other setting.

@@ -221,7 +221,7 @@ def test_a_problem_without_the_hint_ends_the_run_before_it_samples(tmp_path, mon
     monkeypatch.setattr(Verifier, "check", lambda *_: None)  # in a process of its own
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"question": f"Compute {a}+11.", "answer": str(a + 11)}) + "\n" for a in range(10, 40)))
-    with pytest.raises(SystemExit, match="has no solution: choose another --hint"):
+    with pytest.raises(SystemExit, match="has no solution: take the other --hint"):
         run(tmp_path, "--task", f"jsonl:{path}", "--hint", "solution", "--name", "none")
     torch.distributed.destroy_process_group()
     assert not (tmp_path / "none" / "metrics.jsonl").exists()

@@ -101,7 +101,8 @@ def make(one_process):
 
     def rollouts_of(rank: int = 0, world: int = 1) -> Rollouts:
         phases = []
-        run = SimpleNamespace(rank=rank, world=world, device=CPU, phase=phases.append, phases=phases)
+        run = SimpleNamespace(rank=rank, world=world, device=CPU, phase=phases.append, phases=phases,
+                              collect=lambda metrics: None)
         rollouts = Rollouts(parse(grpo.Args, grpo.presets, SMALL), run)
         rollouts.sync(policy)
         made.append(rollouts)

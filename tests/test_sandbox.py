@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.tasks import Problem
-from common.tasks.code import SCRIPT_SETUP
+from common.tasks.contests import SCRIPT_SETUP
 from common.verifiers import sandbox, seccomp
 from common.verifiers.pool import Verifier
 from common.verifiers.sandbox_child import CALL, DONE, ERROR, VALUE, decode, encode

@@ -1,4 +1,4 @@
-"""Where the answer is in a response: the last box, block of tags, program or marked answer."""
+"""Where the answer is in a response: the last box, block of tags or marked answer."""
 from __future__ import annotations
 
 import re
@@ -14,18 +14,6 @@ def last_block(text: str, opening: str, closing: str) -> str | None:
     if closed and opened:
         return block.strip()
     return None
-
-
-def last_program(text: str) -> str | None:
-    """What is in the last closed block of code.
-
-    >>> last_program("```python\\nprint(1)\\n``` and ```")
-    'print(1)\\n'
-    """
-    blocks = text.split("```")[1:-1:2]
-    if not blocks:
-        return None
-    return re.sub(r"\A[\w+-]*[ \t]*\n", "", blocks[-1])  # without the language
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,11 +212,11 @@ HEDGE = re.compile(
     rf"(?i){one_of(DOUBTS + ' unless depending respectively if')}|\bnot sure\b|\?"
     r"|\band\s+\$?-?[\d\0]|\b(?:for|when)\b.*[,;]\s*\$?-?[\d\0].*\b(?:for|when)\b"
 )
-REASONS = "because since as where which for when so after making giving assuming given using by"
+REASONS = "because since as where which for when so after making giving assuming given using"
 NEXT_CLAUSE = re.compile(
     r"\s-\s(?!(?:log|ln|sin|cos|tan|sqrt|pi)\b)(?=[A-Za-z]{2})"
     r"|[,;]\s+(?!(?:and|or|sqrt|pi)\b)(?=[A-Za-z]{2})"
-    r"|\s\((?!mod)(?=[A-Za-z]{3,}\s+\S*[\d=$]|(?:see|since|as|because|from|by|which)\b)"
+    r"|\s\((?!mod|base)(?=[A-Za-z]{3,}\s+\S*[\d=$]|(?:see|since|as|because|from|by|which)\b)"
     rf"|[,;]?\s+{one_of(REASONS)}"
     rf"|\s+(?:and|but)\s+{one_of('the it he she they we this that so')}"
 )

@@ -109,16 +109,17 @@ def serve() -> None:
                 prelude, program, script = marshal.loads(payload)
                 code, names = compile(program, "program", "exec"), new_module("program")
                 result = ""
+                exec(prelude, names)  # for a script, too: its runs find the modules loaded
                 if script:
-                    names["script"] = lambda text: run_script(code, text)
+                    names["script"] = lambda text: run_script(prelude, code, text)
                 else:
-                    exec(prelude, names)
                     exec(code, names)
             else:
                 name, args, kwargs = marshal.loads(payload)
-                function = names.get(name)
-                if name not in names:
+                if hasattr(names.get("Solution"), name):  # as contests have it
                     function = getattr(names["Solution"](), name)
+                else:
+                    function = names[name]
                 result = encode(function(*args, **kwargs))
             send(VALUE, result.encode())
         except BaseException as error:  # whatever the program raises, SystemExit too
@@ -133,7 +134,7 @@ def new_module(name: str) -> dict:
     return module.__dict__
 
 
-def run_script(code, text: str) -> str:
+def run_script(prelude: str, code, text: str) -> str:
     """What the program prints when it runs as a script, in a process of its own, with `text` on its
     stdin."""
     files = []
@@ -151,7 +152,9 @@ def run_script(code, text: str) -> str:
         sys.stdin = open(0)
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
         try:
-            exec(code, new_module("__main__"))
+            space = new_module("__main__")
+            exec(prelude, space)
+            exec(code, space)
         except Exception as error:
             os.ftruncate(files[1], 0)  # nobody reads it any more, and it may have filled the disk
             os.write(2, describe(error))
