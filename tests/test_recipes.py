@@ -18,7 +18,7 @@ import torch
 from conftest import CHAIN, ROOT
 from test_house import ALGORITHMS
 
-from common import chat, rollouts, run, tasks
+from common import chat, memory, rollouts, run, tasks
 from common import settings as common_settings
 from common.settings import parse
 from common.tasks import chain
