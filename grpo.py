@@ -14,8 +14,8 @@ For a question q, sample a group of G responses o_i from the policy and judge th
     python grpo.py --model Qwen/Qwen3-0.6B --group_size 8 --beta 0 --lr 3e-6              # one GPU
     torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen3-8B --sampler vllm          # one machine
 
-Where the paper is silent: ε = 0.2; the standard deviation is unbiased; a group whose rewards are
-all equal has A = 0 and still counts in the mean; truncated responses are judged as they are.
+What the paper leaves open: here ε = 0.2; the standard deviation is unbiased; a group whose rewards
+are all equal has A = 0 and still counts in the mean; truncated responses are judged as they are.
 The printed objective does not correct for a sampler that differs from the trainer. Here each
 token's loss is multiplied by sg(min(π_old/π_sampler, C)), --tis, which is 1 when the two agree.
 Left out: process supervision and a learnt reward model (a verifier judges outcomes), iterative
@@ -135,10 +135,10 @@ def shaped_rewards(rewards: Tensor, lengths: Tensor, args: Args) -> Tensor:
 
 
 def token_weights(lengths: Tensor, kept: Tensor, args: Args) -> Tensor:
-    """The weight of each token of a rollout in the batch's mean, [Q, G], from lengths in tokens.
+    """The weight in the batch's mean of each token of a rollout, [Q, G].
 
-    kept [Q, G]: False drops a rollout. Counts are summed over all ranks, so the loss does not
-    depend on how the batch is split.
+    lengths: response tokens, [Q, G]. kept [Q, G]: False drops a rollout.
+    Counts are summed over all ranks, so the loss does not depend on how the batch is split.
     """
     if args.loss in ("dapo", "cispo"):  # 1/Σ_i|o_i|: a mean over a group's tokens, then over groups
         share = kept / (kept * lengths).sum(1, keepdim=True).clamp(min=1)
@@ -227,12 +227,14 @@ def main(args: Args) -> None:
         if args.overlong == "shape":
             rewards = shaped_rewards(rewards, batch.lengths, args)
         A = advantages(rewards, args.std)
-        kept = ~batch.truncated | (args.overlong != "mask")
+        kept = torch.ones_like(batch.truncated)
+        if args.overlong == "mask":
+            kept = ~batch.truncated
 
         # score
         rollouts.sleep()
         old_logp = None
-        if run.updates > 1:  # otherwise π_old is the policy of the update's own forward
+        if run.updates > 1:  # with one update, π_old is the policy in the update's own forward
             old_logp = score(policy, batch.prompts, batch.responses, budget, args.temperature)
         ref_logp = score(reference, batch.prompts, batch.responses, budget, args.temperature)
 
@@ -241,7 +243,7 @@ def main(args: Args) -> None:
         for part in batch.minibatches(args.minibatches, args.epochs):
             weight = token_weights(batch.lengths, kept & part, args)
             rows = weight > 0
-            if reference is None:  # a response with A = 0 has no gradient: do not read it
+            if reference is None:  # a response with A = 0 has no gradient: skip its forward
                 rows &= A != 0
             for micro in micro_batches(
                 batch.prompts, batch.responses, rows, budget, run.device, args.share_prompts
@@ -266,11 +268,14 @@ def main(args: Args) -> None:
 
 
 def check(args: Args) -> None:
-    require(args.group_size > 1, "--group_size 1: advantages compare the responses of a group")
+    require(
+        args.group_size > 1,
+        "--group_size 1: advantages compare the responses of a group; take 2 or more",
+    )
     require(
         args.dynamic_sampling == 0 or args.setup.tensor_parallel == 1,
         "--dynamic_sampling: ranks that share an engine (--tensor_parallel) cannot sample "
-        "different numbers of rounds",
+        "different numbers of rounds; leave out one of the two",
     )
     require(
         not (args.share_prompts and args.setup.checkpointing),
@@ -279,10 +284,11 @@ def check(args: Args) -> None:
 
 
 def sample(rollouts: Rollouts, step: int, args: Args) -> Batch:
-    """This rank's groups. With --dynamic_sampling, refill groups whose rewards are all equal.
+    """This rank's groups. With --dynamic_sampling, new questions replace groups whose rewards are
+    all equal.
 
-    When rounds run out, equal groups fill the batch, so that a step always ends. Groups stay in
-    the order of their questions.
+    After the last round, groups with equal rewards fill the batch, so that a step always ends.
+    Groups stay in the order of their questions.
     """
     rounds = args.dynamic_sampling + 1
     groups = []
@@ -292,8 +298,10 @@ def sample(rollouts: Rollouts, step: int, args: Args) -> Batch:
         groups += batch.groups
         if sum(group.mixed for group in groups) >= share:
             break
-    mixed_first = sorted(range(len(groups)), key=lambda i: not groups[i].mixed)
-    return Batch([groups[i] for i in sorted(mixed_first[:share])])
+    mixed = [i for i, group in enumerate(groups) if group.mixed]
+    equal = [i for i, group in enumerate(groups) if not group.mixed]
+    chosen = (mixed + equal)[:share]
+    return Batch([groups[i] for i in sorted(chosen)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -306,7 +314,7 @@ def diagnostics(stats: TokenStats, x: Inputs, args: Args) -> dict[str, Tensor]:
     ratio = importance_ratio(stats.logp, old_logp, x, args)
     above, below = ratio > 1 + args.clip_high, ratio < 1 - args.clip_low
     clipped = (above & (A > 0)) | (below & (A < 0))
-    if args.loss == "cispo":  # bounds the weight for either sign of A
+    if args.loss == "cispo":  # the bound holds for both signs of A
         clipped = above
     out = {"entropy": stats.entropy, "clip_frac": clipped.float()}
     if x.ref_logp is not None:

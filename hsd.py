@@ -150,10 +150,10 @@ def teacher_chat(problem: Problem, peer: str | None, args: Args) -> list[dict] |
 
 
 def teacher_prompts(batch: Batch, rollouts: Rollouts, step: int, args: Args) -> tuple:
-    """The teacher's prompt ids for every rollout, whether there is a context [Q, G], and the peers.
+    """For every rollout: the teacher's prompt ids, whether it has a context [Q, G], and its peer.
 
-    Without a context the prompt is the student's own. A peer that does not fit the model's context
-    is left out: the teacher sees the answer alone.
+    Without a context the prompt is the student's own. If a peer does not fit the model's context,
+    the teacher sees the answer alone.
     """
     prompts, has_context, peers = [], [], []
     for group in batch.groups:
@@ -243,12 +243,12 @@ def advantages(rewards: Tensor) -> Tensor:
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     deviation = rewards.std(1, keepdim=True)
-    signal = deviation > 1e-6  # keeps rounding error from creating one; False if G = 1
-    return (centred / deviation).masked_fill(~signal, 0.0)
+    unequal = deviation > 1e-6  # not 0: rounding error must not count; False if G = 1
+    return (centred / deviation).masked_fill(~unequal, 0.0)
 
 
 def credit(stats: TokenStats) -> Tensor:
-    """A_i,t, [T], nats: what hindsight says about each sampled token."""
+    """A_i,t, [T], nats: how much likelier hindsight makes each sampled token."""
     return (stats.teacher_logp - stats.logp).detach()  # Eq. 2
 
 
@@ -325,7 +325,7 @@ def check(rollouts: Rollouts, args: Args) -> None:
         "--context answer with --grpo_mix 0",
     )
     chats = [teacher_chat(problem, None, args) for problem in rollouts.task.train]
-    rollouts.check_lengths(chats, why=" (with what the teacher sees)")
+    rollouts.check_lengths(chats, why=" (with the teacher's context)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,12 +333,12 @@ def check(rollouts: Rollouts, args: Args) -> None:
 # --------------------------------------------------------------------------------------------------
 def diagnostics(stats: TokenStats, x: Inputs) -> dict[str, Tensor]:
     """Per-token metrics [T] (docs/metrics.md); the log takes their mean or maximum."""
-    seen = x.has_context == 1
+    informed = x.has_context == 1
     out = {
         "entropy": stats.entropy,
-        "teacher/entropy": stats.teacher_entropy[seen],
-        "kl": stats.kl[seen],
-        "credit/mean_abs": credit(stats)[seen].abs(),
+        "teacher/entropy": stats.teacher_entropy[informed],
+        "kl": stats.kl[informed],
+        "credit/mean_abs": credit(stats)[informed].abs(),
     }
     if x.ref_logp is not None:
         out["kl_ref"] = k2(stats.logp, x.ref_logp)
@@ -368,12 +368,16 @@ def failed_with_peer(batch: Batch, peers: list[int | None]) -> Iterator[tuple[in
 
 
 def coverage(p: Tensor, G: int) -> Tensor:
-    """f(p, G), Eq. 12: the share of rollouts that fail and have a peer, at pass rates p."""
+    """f(p, G), Eq. 12: the expected share of rollouts that fail and have a peer; p: pass rates [Q].
+    """
     return (1 - p) * (1 - (1 - p) ** (G - 1))
 
 
 def where_credit_is(batch: Batch, has_context: Tensor, peers: list, credits: dict) -> dict:
-    """|A_t| at, before and after τ in failed rollouts that have a peer (§5.3), and their share."""
+    """|A_t| at, before and after τ in failed rollouts that have a peer (§5.3), and their share.
+
+    peers: one index or None per rollout. credits: rollout → A_i,t [|o_i|], nats.
+    """
     out = {"tau": [], "credit/at_tau": [], "credit/before_tau": [], "credit/after_tau": []}
     covered = torch.zeros(len(peers))
     for row, peer in failed_with_peer(batch, peers):

@@ -121,7 +121,7 @@ def teacher_chat(problem: Problem, args: Args) -> list[dict]:
         reference, block = problem.answer, ANSWER.format(answer=problem.answer)
     else:
         reference, block = problem.solution, SOLUTION.format(solution=problem.solution)
-    missing = f"problem {problem.id} has no {args.hint}: choose another --hint"
+    missing = f"problem {problem.id} has no {args.hint}: take the other --hint, or other data"
     require(reference is not None, missing)
     *system, user = problem.messages
     return [*system, {"role": "user", "content": f"{user['content']}\n\n{block}"}]
@@ -165,8 +165,9 @@ def lam_at(step: int, args: Args) -> float:
 
 
 def token_weights(lengths: Tensor, kept: Tensor, args: Args) -> Tensor:
-    """The weight of each token of a rollout in the batch's mean, [Q, G], from lengths in tokens.
+    """The weight in the batch's mean of each token of a rollout, [Q, G].
 
+    lengths: response tokens, [Q, G]. kept [Q, G]: False drops a rollout.
     Counts are summed over all ranks, so the loss does not depend on how the batch is split.
     """
     if args.mean == "token":  # released: one mean over all tokens
@@ -189,13 +190,13 @@ class Inputs(NamedTuple):
 
 
 def token_credit(logp: Tensor, x: Inputs) -> Tensor:
-    """w_t, [T], without gradient."""
+    """w_t of Eq. 14, [T], without gradient."""
     delta = (x.teacher_logp - logp).detach()  # Eq. 13, nats
     return bounded_exp(x.advantage.sign() * delta)  # Eq. 14
 
 
 def redistribute(A: Tensor, w: Tensor, lam: float, eps_w: float) -> Tensor:
-    """Â_t, [T]: the rollout's advantage spread over its tokens."""
+    """Â_t, [T]: the rollout's advantage A [T], weighted token by token with w [T]."""
     return A * ((1 - lam) + lam * w.clamp(1 - eps_w, 1 + eps_w))  # Eq. 15 in Algorithm 1, line 17
 
 
@@ -238,14 +239,15 @@ def main(args: Args) -> None:
 
         # sample and judge
         batch = rollouts.sample(step)
-        A, lam = advantages(batch.rewards, args.std), lam_at(step, args)
+        A = advantages(batch.rewards, args.std)
+        lam = lam_at(step, args)
 
         # score
         rollouts.sleep()
         old_logp = teacher_logp = hinted = None
-        if run.updates > 1:  # otherwise π_old is the policy of the update's own forward
+        if run.updates > 1:  # with one update, π_old is the policy in the update's own forward
             old_logp = score(policy, batch.prompts, batch.responses, budget, args.temperature)
-        if lam > 0:  # without λ the teacher need not read
+        if lam > 0:  # otherwise the teacher has no part in the loss
             hinted = teacher_prompts(batch, rollouts, args)
             teacher_logp = score(teacher, hinted, batch.responses, budget, args.temperature)
 
@@ -253,7 +255,7 @@ def main(args: Args) -> None:
         run.phase("update")
         for part in batch.minibatches(args.minibatches):
             weight = token_weights(batch.lengths, part.expand_as(A), args)
-            rows = (weight > 0) & (A != 0)  # a response with A = 0 has no gradient: do not read it
+            rows = (weight > 0) & (A != 0)  # a response with A = 0 has no gradient: skip it
             for micro in micro_batches(batch.prompts, batch.responses, rows, budget, run.device):
                 inputs = Inputs(
                     micro.per_token(A), micro.per_token(weight), micro.concat(batch.sampler_logp),
@@ -277,12 +279,15 @@ def main(args: Args) -> None:
 
 
 def check(rollouts: Rollouts, args: Args) -> None:
-    require(args.group_size > 1, "--group_size 1: advantages compare the responses of a group")
+    require(
+        args.group_size > 1,
+        "--group_size 1: advantages compare the responses of a group; take 2 or more",
+    )
     require(
         args.dual_clip == 0 or args.dual_clip > 1,
-        f"--dual_clip {args.dual_clip} must be above 1, or 0 for off",
+        f"--dual_clip {args.dual_clip} must be above 1; 0 switches it off",
     )
-    if args.lam > 0:  # a missing or long hint ends the run here
+    if args.lam > 0:  # exits here if a problem has no hint, or one that is too long
         rollouts.check_lengths([teacher_chat(problem, args) for problem in rollouts.task.train])
 
 
@@ -300,7 +305,8 @@ def diagnostics(stats: TokenStats, x: Inputs, lam: float, args: Args) -> dict[st
         clipped |= (ratio > args.dual_clip) & (A < 0)
     out = {"entropy": stats.entropy, "nll": -stats.logp, "clip_frac": clipped.float()}
     if x.teacher_logp is not None:
-        w, delta = token_credit(stats.logp, x), x.teacher_logp - stats.logp
+        w = token_credit(stats.logp, x)
+        delta = x.teacher_logp - stats.logp  # Eq. 13
         out |= {
             "w/mean": w.clamp(max=1e3),
             "w/clip_high": (w > 1 + args.eps_w).float(),

@@ -5,13 +5,13 @@ For a question x, sample G responses y_i and judge them. What the environment sa
 becomes the context f of a self-teacher: the same model (slowed down) with f in its prompt. The
 student learns the teacher's distribution on its own tokens.
 
-    f_i: a successful sibling's solution, else feedback on y_i; neither: no loss
+    f_i: a successful sibling's solution, else feedback on y_i; without either y_i has no loss
     L(θ) = Σ_t KL( π_θ(· | x, y_<t) ‖ sg[q(· | x, f, y_<t)] ),    y ~ sg[π_θ(· | x)]         Eq. 1
     A_t(ŷ) = log[ q(ŷ | x, f, y_<t) / π_θ(ŷ | x, y_<t) ]   for every vocabulary entry ŷ         §2
     A    = λ A^GRPO + (1 − λ) A^SDPO                                         the hybrid      Eq. 3
     q: EMA of θ;  or the trust region q* ∝ exp((1 − α) log q_ref + α log q_θ)              Table 4
 
-The reward enters only through which response counts as successful.
+The reward only decides which responses count as successful.
 
     python sdpo.py --demo                                   # embedded model, 3 minutes on a laptop
     torchrun --nproc_per_node=4 sdpo.py --task sciknoweval/chemistry --context solution \\
@@ -23,8 +23,8 @@ Test-time self-distillation (Sec. 5) is benchmarks/discovery.py.
 Equations are v2's (v1 printed the gradient without π inside the sum). The default divergence is
 over the whole vocabulary; the paper's top-K + tail is --top_k. The released code masks and averages
 per sequence within a micro-batch. Here the mean is over tokens, as in the paper's pseudo-code
-(--mean sequence is the other). A response is never its own demonstration, as in the code (the
-caption of the paper's Table 2 says otherwise). Left out: the sequence-level estimator of
+(--mean sequence averages each sequence first). A response is never its own demonstration, as in the
+code (the caption of the paper's Table 2 says otherwise). Left out: the sequence-level estimator of
 Eq. 7 (the authors saw no gain), multi-modal inputs. Details: docs/sdpo.md.
 """
 from __future__ import annotations
@@ -126,9 +126,9 @@ def choose_sibling(group: Group, i: int, rng: random.Random) -> int | None:
 
 def teacher_chat(problem: Problem, solution: str | None, feedback: str | None,
                  args: Args) -> list[dict] | None:
-    """The chat with f in it: question, solution, feedback, closing; None without a signal.
+    """The chat with f in it: question, solution, feedback, closing. None if there is no f.
 
-    The attempt itself is not shown (Table 6), and a demonstration's thoughts are cut out.
+    The attempt itself is not shown (Table 6), and the thoughts of a solution are cut out.
 
     >>> p = Problem("1", [{"role": "user", "content": "1+1?"}])
     >>> teacher_chat(p, "<think>hm</think>2", "no", Args())[0]["content"].split("\\n\\n")[1:-1]
@@ -148,9 +148,9 @@ def teacher_chat(problem: Problem, solution: str | None, feedback: str | None,
 
 
 def teacher_prompts(batch: Batch, rollouts: Rollouts, step: int, args: Args) -> tuple:
-    """The teacher's prompt ids for every rollout, whether it has a signal [Q, G], what it shows.
+    """For every rollout: the teacher's prompt ids, whether it has a context [Q, G], and its KIND.
 
-    Without a signal the prompt is the student's own.
+    Without a context the prompt is the student's own.
     """
     prompts, has_context, shown = [], [], []
     for group in batch.groups:
@@ -159,7 +159,7 @@ def teacher_prompts(batch: Batch, rollouts: Rollouts, step: int, args: Args) -> 
             j = choose_sibling(group, i, rng)
             solution = feedback = None
             if j is not None and args.context != "feedback":
-                # thoughts first: their tags may be control tokens
+                # cut the thoughts before as_text changes control tokens: their tags may be such
                 solution = rollouts.as_text(after_thoughts(group.rollouts[j].text))
             if verdict.reward < 1:  # a success needs no correction
                 feedback = rollouts.as_text(verdict.feedback)
@@ -191,12 +191,12 @@ class Inputs(NamedTuple):
 
 
 def token_weights(lengths: Tensor, kept: Tensor, args: Args) -> Tensor:
-    """The weight of each token of a rollout in the batch's mean, [Q, G], from lengths in tokens.
+    """The weight in the batch's mean of each token of a rollout, [Q, G].
 
-    kept [Q, G]: False drops a rollout. Counts are summed over all ranks, so the loss does not
-    depend on how the batch is split.
+    lengths: response tokens, [Q, G]. kept [Q, G]: False drops a rollout.
+    Counts are summed over all ranks, so the loss does not depend on how the batch is split.
     """
-    if args.mean == "token":  # one mean over all tokens with a signal
+    if args.mean == "token":  # one mean over all trained tokens
         share = kept.float()
     else:
         share = kept / lengths
@@ -225,7 +225,7 @@ def loss(stats: TokenStats, x: Inputs, args: Args) -> Tensor:
 
 
 def sampled_advantage(stats: TokenStats, x: Inputs, args: Args) -> Tensor:
-    """A_t(y_t) of §2, [T], without gradient; with --granularity sequence a response's mean."""
+    """A_t(y_t) of §2, [T], without gradient; with --granularity sequence its mean per response."""
     A = (stats.teacher_logp - stats.logp).detach()
     if args.granularity == "sequence":
         A = rollout_mean(A, x.rollout)
@@ -233,10 +233,9 @@ def sampled_advantage(stats: TokenStats, x: Inputs, args: Args) -> Tensor:
 
 
 def clipped_reverse_kl(pair: Pair, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """KL(π‖q) whose advantages A(ŷ) = log q − log π are bounded in the gradient (Table 12: 5.0).
+    """KL(π‖q) whose gradient bounds the advantages A(ŷ) = log q − log π (Table 12: 5.0 nats).
 
-    A custom divergence for the kernels (docs/kernels.md): (value, slope) of each entry; pair.x is
-    A(ŷ).
+    A custom divergence (docs/kernels.md): (value, slope) of each entry, [C, V]; pair.x is A(ŷ).
     """
     A = pair.x
     bounded = A.clamp(-divergence.clip, divergence.clip)
@@ -298,7 +297,7 @@ def main(args: Args) -> None:
         # score
         rollouts.sleep()
         old_logp = None
-        if run.updates > 1:  # otherwise π_old is the policy of the update's own forward
+        if run.updates > 1:  # with one update, π_old is the policy in the update's own forward
             old_logp = score(policy, batch.prompts, batch.responses, budget, args.temperature)
 
         # update
@@ -333,7 +332,7 @@ def main(args: Args) -> None:
 
 
 def teacher_models(slow: Policy, policy: Policy, args: Args) -> tuple[list, tuple]:
-    """The teacher's logits are Σ mix·(logits of a model): → the models, mix (Table 4)."""
+    """The models and the mix of a teacher whose logits are Σ mix·(logits of a model) (Table 4)."""
     if args.teacher == "trust_region":
         return [slow, policy], (1 - args.teacher_rate, args.teacher_rate)
     return [slow], (1.0,)
@@ -342,11 +341,12 @@ def teacher_models(slow: Policy, policy: Policy, args: Args) -> tuple[list, tupl
 def check(rollouts: Rollouts, args: Args) -> None:
     require(
         args.adv_clip == 0 or (args.kl == "reverse" and args.granularity in ("logit", "token")),
-        "--adv_clip bounds the advantages of --kl reverse with --granularity logit or token",
+        "--adv_clip bounds the advantages of --kl reverse with --granularity logit or token: give "
+        "both, or leave out --adv_clip",
     )
     require(
         args.kl == "reverse" or args.granularity in ("logit", "token"),
-        f"--granularity {args.granularity} is of the reverse KL: add --kl reverse",
+        f"--granularity {args.granularity} needs the reverse KL: add --kl reverse",
     )
     require(
         args.group_size > 1 or args.context != "solution",
@@ -362,20 +362,20 @@ def check(rollouts: Rollouts, args: Args) -> None:
 # --------------------------------------------------------------------------------------------------
 # 5. measurements
 # --------------------------------------------------------------------------------------------------
-KINDS = ("solution", "feedback", "none")  # what a teacher's prompt shows
+KINDS = ("solution", "feedback", "none")  # what a teacher's prompt shows; a solution comes first
 
 
 def diagnostics(stats: TokenStats, x: Inputs, reward: Tensor) -> dict[str, Tensor]:
     """Per-token metrics [T] (docs/metrics.md); the log takes their mean or maximum."""
-    seen = x.has_context == 1
+    informed = x.has_context == 1
     old_logp = stats.logp if x.old_logp is None else x.old_logp
     out = {
         "entropy": stats.entropy,
-        "teacher/entropy": stats.teacher_entropy[seen],
-        "kl": stats.kl[seen],
-        "kl/right": stats.kl[seen & (reward == 1)],
-        "kl/wrong": stats.kl[seen & (reward < 1)],
-        "advantage/mean_abs": (stats.teacher_logp - stats.logp)[seen].abs(),
+        "teacher/entropy": stats.teacher_entropy[informed],
+        "kl": stats.kl[informed],
+        "kl/right": stats.kl[informed & (reward == 1)],
+        "kl/wrong": stats.kl[informed & (reward < 1)],
+        "advantage/mean_abs": (stats.teacher_logp - stats.logp)[informed].abs(),
     }
     return out | mismatch(old_logp, x.sampler_logp)
 

@@ -1,7 +1,7 @@
 """SD-Zero: Self-Distillation Zero (arXiv 2604.12002). A model learns from revising its own answers.
 
 Phase 1, Self-Revision Training (SRT). The model answers a question x with y_init; a verifier says
-r ∈ {0, 1}; a control phrase P_r is appended in the same assistant turn and the model goes on with
+r ∈ {0, 1}; a control phrase P_r is appended in the same assistant turn and the model continues with
 y_rev. Traces whose y_rev is right are kept:
 
     L_revision   = −Σ_t log π_θ(y_rev,t | x, y_init, P_r, y_rev,<t)                          Eq. 1
@@ -26,7 +26,7 @@ Paper and released code disagree on most settings. The defaults are the paper's;
 choices are flags: --kl mixed --top_k 64 (the teacher's K, renormalised), --mean token,
 --srt_temperature 1.0 --srt_top_p 0.9. The end token of the first copy of y is stripped; that of the
 second is trained. Left out: the two sequential SFT stages on disjoint traces, the clean-up of
-openings and repeated tails. What the paper reports of a run: benchmarks/revision.py.
+openings and repeated tails. benchmarks/revision.py makes the paper's tables and figures of a run.
 Details: docs/sdzero.md.
 """
 from __future__ import annotations
@@ -120,7 +120,7 @@ BASELINES = {
 }
 
 
-STAGES = (  # what says which step is on which traces or questions: a resume must not change it
+STAGES = (  # they decide which step uses which traces or questions: a resume must not change them
     "traces", "srt_questions", "kept_traces", "wrong_share", "per_question", "srt_epochs",
     "srt_batch", "sd_questions", "batch_size",
 )
@@ -154,7 +154,7 @@ def control_ids(tokenizer, r: int) -> list[int]:
 
 
 def without_end(response: list[int], ends: Sequence[int]) -> list[int]:
-    """The response without its end token: the turn goes on."""
+    """The response without its end token, so that the turn can continue."""
     if response[-1] in ends:
         return response[:-1]
     return response
@@ -206,7 +206,7 @@ def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, a
     require(
         run.first_step == 0 or len(done) == len(starts),
         f"{path} does not hold all the traces that the checkpoint was trained on: give them with "
-        "--traces, or go on under that run's --name",
+        "--traces, or continue under that run's --name",
     )
     order = {problem.id: i for i, problem in enumerate(problems)}
     for start in starts[len(done) :]:
@@ -307,9 +307,10 @@ def read_traces(path: Path) -> tuple[list[Trace], list[dict], int]:
 def select(traces: list[Trace], args: Args) -> list[Trace]:
     """D_REVISION: traces whose revision is right, without repetitions, in the questions' order.
 
-    At most --per_question of a question and --kept_traces in all. With --wrong_share, that share
-    of them started wrong: fewer if too few did, and right ones are dropped to keep the ratio. If
-    too few started right, the ratio is exceeded. The paper filters by the revision's verdict alone.
+    At most --per_question per question and --kept_traces in all. With --wrong_share, that share of
+    them has a wrong y_init. If there are too few of these, traces with a right y_init are dropped
+    to keep the share; if too few y_init were right, the share is larger. The paper filters by the
+    verdict on y_rev alone.
     """
     right = []
     count: dict[str, int] = {}
@@ -345,9 +346,10 @@ class Inputs(NamedTuple):
 def trace_weights(trace: Trace, terms: str) -> list[float]:
     """Eq. 1 to 3 as the weight of each token of [y_init, P_r, y_rev].
 
-    Generation counts all of them, revision the last part. An end token belongs to its part.
+    L_generation counts all tokens, L_revision those of y_rev. An end token belongs to its part.
     """
-    generation, revision = float(terms != "revision"), float(terms != "generation")
+    generation = 0.0 if terms == "revision" else 1.0
+    revision = 0.0 if terms == "generation" else 1.0
     before = len(trace.init_ids) + len(trace.control_ids)
     if before == 0:  # a baseline has one term
         return [1.0] * len(trace.revised_ids)
@@ -382,7 +384,7 @@ def divergence(args: Args) -> Divergence:
 
 
 def token_share(lengths: list[int], mean: str) -> float:
-    """The share of each token in the batch's mean: 1/responses as printed, or 1/tokens.
+    """The weight of each token in the batch's mean: 1/responses as printed, or 1/tokens.
 
     Counted over all ranks, so the loss does not depend on how the batch is split.
     """
@@ -462,7 +464,7 @@ def train_reviser(run: Run, rollouts: Rollouts, policy: Policy, optimizer, trace
             run.collect({"srt/loss": [total.item() * run.world]})
         lr = srt_lr(step, updates, args)
         run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
-        # Eq. 3's terms count apart, as in App. C.2; the log averages over ranks
+        # a token counts once per term of Eq. 3, as in App. C.2; the log averages over ranks
         run.collect({"phase": [1], "budget/loss_tokens": [sum(map(sum, weights)) * run.world]})
         run.log()
     rollouts.sync(policy)
@@ -549,8 +551,9 @@ def split_questions(train: list[Problem], args: Args) -> tuple[list[Problem], li
 
 def check_lengths(srt_problems: list[Problem], sd_problems: list[Problem], rollouts: Rollouts,
                   args: Args) -> None:
-    """What is revised, or read by the teacher, must fit the context with a second response."""
-    why = " (what is revised or taught is read twice)"
+    """Check that prompts and responses fit the model's context. A response that is revised or
+    taught is read a second time."""
+    why = " (a response that is revised or taught is read twice)"
     control = [{"role": "user", "content": CONTROL[0]}]  # P_r adds about as many tokens
     if args.phase != "sd" and not args.traces and args.baseline != "sft":
         responses = 1 if args.baseline == "rft" else 2
@@ -561,7 +564,7 @@ def check_lengths(srt_problems: list[Problem], sd_problems: list[Problem], rollo
 
 
 def load_traces(path: Path, reserved: list[Problem], run: Run, args: Args) -> list[Trace]:
-    """The traces of a file that are trained on; ends the run if none is left."""
+    """The traces of a file that are trained on. Exits if none is left."""
     found, _, _ = read_traces(path)
     shared = {trace.id for trace in found} & {problem.id for problem in reserved}
     require(
@@ -594,7 +597,7 @@ def srt_lr(update: int, updates: int, args: Args) -> float:
 # 6. measurements
 # --------------------------------------------------------------------------------------------------
 def evaluate(rollouts: Rollouts, policy: Policy, args: Args) -> dict:
-    """Held-out first attempts, and a revision of one of them if both fit the model's context."""
+    """pass@1 of held-out first attempts, and of one revision per problem if it fits the context."""
     rollouts.sync(policy)
     keys, groups = rollouts.heldout_groups()
     fits = []
@@ -638,7 +641,8 @@ def diagnostics(stats: TokenStats, reward: Tensor, sampler_logp: Tensor) -> dict
 
 
 def cost(batch: Batch, world: int) -> dict[str, list[float]]:
-    """What a step of phase 2 costs (App. C.2), over all ranks: the log averages over ranks."""
+    """What a step of phase 2 costs over all ranks (App. C.2); times `world`, because the log
+    averages over ranks."""
     tokens = batch.lengths.sum().item() * world
     return {
         "budget/generations": [len(batch.rollouts) * world],

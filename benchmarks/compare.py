@@ -4,10 +4,10 @@
     python benchmarks/compare.py sdpo --jobs 2        # one of the papers' claims; also grpo, hsd, sdzero, breaks
     python benchmarks/compare.py smollm2 --model PATH_OF_SMOLLM2_135M_INSTRUCT
 
-A grid (GRIDS below) declares methods, budget, tuning and seeds. Where it names several learning rates, each method first
+A grid (GRIDS below) declares methods, budget, tuning and seeds. If it names several learning rates, each method first
 gets the same small tuning: every rate on seeds that are not reported; the best final held-out pass@1 wins. Then the
-reported seeds run. Every run is a plain command of an algorithm file; one that is already under --out is not repeated, so
-the same line goes on where it was stopped, and grids share their runs. Writes results/compare/NAME/: search.json,
+reported seeds run. Every run is a plain command of a method file. A run that is already under --out is not repeated, so
+the same command resumes an interrupted comparison, and grids share their runs. Writes results/compare/NAME/: search.json,
 runs.json, table.md, rollouts.png, tokens.png.
 """
 from __future__ import annotations
@@ -52,10 +52,10 @@ HSD = ["hsd.py", *CHAIN, "--beta", "0"]
 class Method:
     command: list[str]
     rate: str = "--lr"  # the flag that is tuned
-    fixed: float = 0.0  # its value where the grid does not tune it; 0: the grid's
+    fixed: float = 0.0  # its value if the grid does not tune it; 0: the grid's value
 
 
-METHODS = {  # 5,120 rollouts each; what is not said is the demo's (the table prints every command)
+METHODS = {  # 5,120 rollouts each; other settings are the demo's (the table prints every command)
     "GRPO": Method(["grpo.py", *CHAIN]),
     "Dr. GRPO": Method(["grpo.py", *CHAIN, "--loss", "dr_grpo"]),
     "DAPO, no refill": Method(["grpo.py", *CHAIN, "--loss", "dapo", "--dynamic_sampling", "0"]),
@@ -165,18 +165,18 @@ class Args:
     grid: tyro.conf.Positional[str]
     """one of GRIDS"""
     model: str = ""
-    """folder of the model, where the grid needs one"""
+    """folder of the model, if the grid needs one"""
     out: str = "runs/compare"
-    """where the runs go"""
+    """folder of the runs"""
     jobs: int = 1
-    """runs at a time; each gets its share of the CPU's threads"""
+    """runs at the same time; each gets its share of the CPU's threads"""
     only: str = ""
     """methods, joined by semicolons; empty: all"""
 
 
 def execute(command: list[str], folder: Path, threads: int) -> None:
-    """Run a command of an algorithm file into `folder`, unless it stands there finished. One that the file itself refuses or
-    stops, with a line that begins with "error: ", leaves that line in error.txt: it is a result."""
+    """Run a command of a method file into `folder`, unless a finished run is there. If the file itself refuses or stops the
+    run with a line that begins with "error: ", that line is written to error.txt: it is a result."""
     if (folder / "curves.png").exists() or (folder / "error.txt").exists():
         return
     line = [sys.executable, *command, "--out", str(folder.parent), "--name", folder.name, "--resume", "auto", "--save_every",
@@ -204,7 +204,7 @@ def progress(folder: Path) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"rollouts": [], "tokens": [], "seconds": [], "pass": []}
     for i, row in enumerate(rows_of(folder)):
         if "heldout/pass@1" in row:
-            at = (0, 0, 0) if i == 0 else (rollouts, tokens, seconds)  # the start has cost nothing
+            at = (0, 0, 0) if i == 0 else (rollouts, tokens, seconds)  # the start costs nothing
             for key, value in zip(("rollouts", "tokens", "seconds"), at):
                 found[key].append(value)
             found["pass"].append(row["heldout/pass@1"])
@@ -217,7 +217,7 @@ def progress(folder: Path) -> dict[str, list[float]]:
 
 
 def first_to(run: dict[str, list[float]], level: float) -> float | None:
-    """Rollouts at the first evaluation that reaches `level`; None where none does."""
+    """Rollouts at the first evaluation that reaches `level`; None if none does."""
     return next((r for r, p in zip(run["rollouts"], run["pass"]) if p >= level), None)
 
 
@@ -300,16 +300,17 @@ def main(args: Args) -> None:
     for m in chosen:
         runs[m] = []
         for s in grid.seeds:
-            where = folder(m, best[m], s)
-            if (where / "error.txt").exists():
-                stopped.append(f"{m}, seed {s}, stopped: {(where / 'error.txt').read_text()}")
+            run_folder = folder(m, best[m], s)
+            error, self_localisation = run_folder / "error.txt", run_folder / "self_localisation.json"
+            if error.exists():
+                stopped.append(f"{m}, seed {s}, stopped: {error.read_text()}")
                 continue
-            rows = rows_of(where)
+            rows = rows_of(run_folder)
             last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
-            runs[m].append({"seed": s, **progress(where), **pass_at(where, grid.samples), "entropy": last.get("entropy"),
+            runs[m].append({"seed": s, **progress(run_folder), **pass_at(run_folder, grid.samples), "entropy": last.get("entropy"),
                             "peak_gib": max(row["peak_gib"] for row in rows),
                             **{k: [row[k] for row in rows if k in row] for k in WATCHED if any(k in row for row in rows)},
-                            **({"self_localisation": localised(where)} if (where / "self_localisation.json").exists() else {})})
+                            **({"self_localisation": localised(run_folder)} if self_localisation.exists() else {})})
     out = ROOT / "results" / "compare" / args.grid
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -355,12 +356,12 @@ def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], comm
                      f"{average(r['rollouts'][-1] for r in results):,.0f} | {average(r['tokens'][-1] for r in results):,.0f} | "
                      f"{average(r['seconds'][-1] for r in results):.0f} | {cell([r['entropy'] for r in results])} | "
                      f"{average(r['length'] for r in results):.1f} | {average(r['peak_gib'] for r in results):.2f} |")
-    where = {m: [r["self_localisation"] for r in results if "self_localisation" in r] for m, results in runs.items()}
-    if any(where.values()):
+    measured = {m: [r["self_localisation"] for r in results if "self_localisation" in r] for m, results in runs.items()}
+    if any(measured.values()):
         lines += ["", "| self-localisation | KL of a wrong token | of a right one | share of the top twentieth, wrong | right |",
                   "|" + "---|" * 5]
         lines += [f"| {m} | " + " | ".join(f"{average(x[r][i] for x in found if r in x):.3f}" for i in (0, 1) for r in "01") + " |"
-                  for m, found in where.items() if found]
+                  for m, found in measured.items() if found]
     lines += [part for row in stopped for part in ("", row)]
     return "\n".join([*lines, "", "Commands:", "", *(f"- {m}: `python {c}`" for m, c in commands.items())]) + "\n"
 

@@ -1,11 +1,11 @@
-"""Every file's --demo, and the variants that the pages speak of, on three seeds.
+"""Every file's --demo, and the variants that the pages mention, on three seeds.
 
     python benchmarks/demos.py                   # the five files: half an hour on two cores, two runs at a time
     python benchmarks/demos.py --only hsd-live   # one of RUNS
     python benchmarks/demos.py --time            # how long the longest take, alone on a quiet machine
 
 Writes results/demo/NAME.json (held-out pass@1 at every evaluation, seconds, entropy and length of each seed),
-results/demo/NAME.png (the curves of the first seed) and results/demo/table.md of all that are there; with --time,
+results/demo/NAME.png (the curves of the first seed) and results/demo/table.md of all results there; with --time,
 results/demo/seconds.json.
 """
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of the runs"""
     jobs: int = 2
-    """runs at a time"""
+    """runs at the same time"""
     threads: int = 1
-    """CPU threads of each"""
+    """CPU threads of each run"""
     time: bool = False
-    """time the demos, one after the other with all threads, instead"""
+    """instead time the demos, one after the other, each with all threads"""
 
 
 def demo(name: str, seed: int, args: Args, out: str) -> dict:

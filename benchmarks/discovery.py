@@ -1,14 +1,14 @@
 """Test-time self-distillation (SDPO §5): learn on one hard problem at a time until an attempt passes.
 
-The same budget of attempts goes to best-of-k (the start, again and again) and to multi-turn (the
-start, with the feedback on its last attempts in the prompt).
+Two baselines get the same budget of attempts: best-of-k samples the initial policy again and again;
+multi-turn samples it with the feedback on its last attempts in the prompt.
 
     python benchmarks/discovery.py --demo                     # the embedded model, two minutes
     python benchmarks/discovery.py --task livecodebench --kl reverse --top_k 20 --adv_clip 5 \\
         --teacher_rate 0.01 --group_size 16 --budget 2750 --seeds 5 --warmup 0 --lora_rank 32 \\
         --lr 1e-5                                             # Table 12, Sec. 5, with LoRA: one GPU
 
-Takes the flags of sdpo.py and, first, its own. Writes discovery.json (the attempt that solved each
+Takes the flags of sdpo.py, and its own, which come first. Writes discovery.json (the attempt that solved each
 problem, by method and repetition; null: none within the budget) and discovery.png (discovery@k with
 bootstrap 90 % intervals) into the run's folder. One process; an interrupted run begins again.
 """
@@ -43,7 +43,7 @@ from common.run import Run  # noqa: E402
 from common.settings import Setup, parse  # noqa: E402
 from common.tasks import Problem  # noqa: E402
 
-WINDOW = 4  # different feedbacks that the multi-turn baseline keeps in its prompt, first in first out
+WINDOW = 4  # most feedbacks in the multi-turn prompt, first in, first out
 FIRST, ANSWERS, TURNS = 3, 5, 4  # random streams under the run's seed
 
 
@@ -51,8 +51,8 @@ FIRST, ANSWERS, TURNS = 3, 5, 4  # random streams under the run's seed
 class Args(sdpo.Args):
     """SDPO at test time: sdpo.py's settings, applied to one held-out problem after the other."""
 
-    questions: int = 8  # problems: the hardest held-out ones by the start's own pass rate
-    budget: int = 512  # attempts at a problem
+    questions: int = 8  # held-out problems that the initial policy solves least often
+    budget: int = 512  # attempts per problem
     seeds: int = 3  # repetitions of each problem
 
 
@@ -69,7 +69,7 @@ def presets(args: Args) -> dict:
 
 
 class Learner:
-    """SDPO's policy, teacher and optimizer, which `reset` brings back to the start."""
+    """SDPO's policy, teacher and optimizer, which `reset` sets back to the start."""
 
     def __init__(self, args: Args, run: Run, rollouts: Rollouts):
         self.args, self.run, self.rollouts = args, run, rollouts
@@ -253,7 +253,7 @@ def discovery(times: list[int | None], k: int, draws: int = 2000) -> tuple[float
 
 
 def draw_discovery(found: dict[str, list[int | None]], budget: int, path: Path) -> None:
-    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
     ks = {budget}
     k = 1.0

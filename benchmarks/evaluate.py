@@ -3,15 +3,15 @@
     python benchmarks/evaluate.py --model Qwen/Qwen3-8B --task aime24 --protocol hsd
     python benchmarks/evaluate.py --model runs/NAME/checkpoints/step_000100 --task sciknoweval/physics --samples 4
 
-A folder under results/evaluate/ gets responses.jsonl (a line for each question, as soon as it is judged), summary.json
-and table.md. The same command goes on where it was stopped. Each sample's random numbers depend on the seed, the
-question's place and the sample alone, so a resumed run gives what an uninterrupted one does.
+Writes responses.jsonl (a line per question, as soon as it is judged), summary.json and table.md to a folder under
+results/evaluate/. The same command resumes an interrupted evaluation. A sample's random numbers depend only on the seed,
+the question's place and the sample's index, so a resumed run gives the same results as an uninterrupted one.
 
 avg@n    mean reward of the n samples of a question, then over questions
 pass@k   chance that one of k samples is right: 1 − C(n−c, k)/C(n, k) with c of n right (unbiased; 2107.03374, Eq. 1)
 maj@n    whether the answer given most often is right; answers given equally often share the win. Not for code and tools
-Intervals: percentiles over 10,000 resamplings of the questions. They say how far other questions would have moved the
-number, not how far another training run would have.
+Intervals: percentiles over 10,000 resamplings of the questions. They cover the choice of questions, not the variation
+between training runs.
 """
 from __future__ import annotations
 
@@ -51,54 +51,54 @@ class Args:
     task: str
     """a named set, jsonl:FILE, hf:NAME[:CONF][@SPLIT], gym:NAME or chain"""
     protocol: Literal["", "sdzero", "sdpo", "hsd"] = ""
-    """how that paper samples in its evaluation; what is typed wins"""
+    """the sampling settings of that paper's evaluation; what is typed wins"""
     data_dir: str = ""
     """folder with the named sets; empty reads them from the hub"""
     split: Literal["test", "train"] = "test"
     """of a named set"""
     fields: str = ""
-    """names of the data's fields where they differ, e.g. question=prompt,answer=gold"""
+    """names of the data's fields if they differ, e.g. question=prompt,answer=gold"""
     kind: Literal["", "math", "choice", "tool", "code"] = ""
-    """of jsonl and hf records; empty: what they state, or else what their fields show"""
+    """kind of the records of jsonl and hf; empty: as the records state, or as their fields show"""
     instruction: str | None = None
     """text added to every maths question; the default asks for \\boxed{}"""
     questions: int = 0
-    """take this many, the same for every model; 0 takes all"""
+    """number of questions, the same ones for every model; 0: all"""
     samples: int = 8
-    """n, responses a question"""
+    """n, responses per question"""
     ks: tuple[int, ...] = (1, 2, 4, 8, 16)
     """k of pass@k; those above n are left out"""
     temperature: float = 0.7
-    """of sampling; 0 is greedy"""
+    """sampling temperature; 0 is greedy"""
     top_p: float = 1.0
     """nucleus of sampling"""
     top_k: int = 0
-    """likeliest tokens to sample from; 0 is all"""
+    """sample from this many likeliest tokens; 0: all"""
     max_tokens: int = 4096
-    """limit of a response"""
+    """most tokens per response"""
     thinking: bool = False
-    """chat templates with a thinking mode: switch it on"""
+    """switch on the chat template's thinking mode"""
     seed: int = 0
-    """of sampling"""
+    """random seed of sampling"""
     sampler: Literal["hf", "vllm"] = "hf"
     """engine"""
     sampler_rows: int = 128
-    """hf: responses that decode at a time; their KV cache must fit"""
+    """hf: responses decoded at the same time (limits the KV cache)"""
     chunk: int = 32
     """questions between two writes to disk"""
     workers: int = 4
     """verifier processes"""
     allow_unsafe_exec: bool = False
-    """run a model's programs without bubblewrap"""
+    """run a model's programs outside of bubblewrap"""
     threads: int = 0
-    """CPU threads of torch; 0 leaves its default"""
+    """CPU threads of torch; 0: its default"""
     out: str = "results/evaluate"
-    """where result folders go"""
+    """parent of the result folders"""
     name: str = ""
-    """of the folder; made up from model, task and protocol where empty"""
+    """name of the result folder; empty: model, task and protocol"""
 
 
-PROTOCOLS = {  # what each paper says of its evaluation; its silence leaves the default
+PROTOCOLS = {  # what each paper says about its evaluation; otherwise the default holds
     "sdzero": dict(samples=8, temperature=0.7, max_tokens=32768),  # 2604.12002: avg@8
     "sdpo": dict(samples=16, temperature=0.6, top_p=0.95, max_tokens=8192),  # 2601.20802, Table 12: avg@16
     "hsd": dict(samples=16, temperature=1.0),  # 2606.15576: mean of 16; neither top-p nor a length limit is given
@@ -161,7 +161,7 @@ def engine(args: Args, tokenizer) -> object:
 
 
 def resume(folder: Path, args: Args) -> dict[str, dict]:
-    """The questions that an earlier run of the same settings has answered. Raises SystemExit for other settings."""
+    """The questions that an earlier run with the same settings has answered. Raises SystemExit if the settings differ."""
     fixed = {k: v for k, v in asdict(args).items() if k in (
         "model", "task", "split", "fields", "kind", "instruction", "samples", "temperature", "top_p", "top_k", "max_tokens",
         "thinking", "seed", "sampler", "questions")}
@@ -178,7 +178,7 @@ def resume(folder: Path, args: Args) -> dict[str, dict]:
 
 
 def given_answer(verifier: str, text: str) -> str | None:
-    """What a response answers, for the vote; None where it does not answer or answers cannot be voted on.
+    """The answer of a response, for the vote; None if it gives none or if such answers cannot be voted on.
 
     >>> given_answer("math", r"So \\boxed{ 1/2 }."), given_answer("choice", "<answer>B</answer>")
     ('1/2', 'B')
@@ -195,7 +195,7 @@ def given_answer(verifier: str, text: str) -> str | None:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, drawn without replacement, hold one of the c right ones.
+    """The chance that k of n samples, drawn without replacement, include one of the c right ones.
 
     >>> pass_at_k(4, 2, 1), pass_at_k(4, 1, 4), pass_at_k(4, 0, 4)
     (0.5, 1.0, 0.0)
@@ -204,7 +204,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority(answers: list[str | None], rewards: list[float]) -> float:
-    """The mean reward of the answers that were given most often; 0 where none was given.
+    """The mean reward of the answers that were given most often; 0 if none was given.
 
     >>> majority(["5", "6", "5", None], [1, 0, 1, 0]), majority(["5", "6"], [1, 0]), majority([None, None], [0, 0])
     (1.0, 0.5, 0.0)
@@ -252,7 +252,7 @@ def table(args: Args, summary: dict) -> str:
 
 
 def machine() -> dict:
-    """What a reader needs to place a number: the commit, the hardware, the versions."""
+    """What produced the numbers: commit, hardware, versions."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

@@ -1,14 +1,14 @@
 """kernels/ beside its rivals: time over the bare matrix products, extra memory, error of value and gradient.
 
-    python benchmarks/kernels.py speed      # minutes; on a GPU where there is one, else on the CPU at a smaller size
+    python benchmarks/kernels.py speed      # minutes; on a GPU if there is one, else on the CPU at a smaller size
     python benchmarks/kernels.py ladder     # errors from large to tiny divergences, bf16
     python benchmarks/kernels.py top_k      # errors of top-K gradients from fat to thin tails
-    python benchmarks/kernels.py draw       # the tables and figures of what the three wrote
+    python benchmarks/kernels.py draw       # tables and figures of the results of the other three
 
 Writes results/kernels/. Rivals that are installed take part: TRL (>= 1.16), liger-kernel (>= 0.8.5), and PyTorch's own
-full logits, torch.compile and F.linear_cross_entropy. Times are taken in rounds, each contender once a round beside the
-bare products of the same shapes, and reported as the median of the ratios. The errors are against float64 from the
-hidden states on. Only ratios within a run mean anything; a busy machine spoils even those.
+full logits, torch.compile and F.linear_cross_entropy. Times are taken in rounds: each contender runs once per round, next to
+the bare products of the same shapes. The median of the ratios is reported. The errors are against float64 from the
+hidden states on. Only ratios within a run mean anything, and only on a machine without other work.
 """
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ TOP_K, TOP_K_TASK = 20, "KL of the student's top-20 and tail"  # on the ladder o
 def problem(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, task: str, gap: float = 0.05, *,
             peaked: bool = False, seed: int = 0) -> Problem:
     """Logits of standard deviation 1.5, the teacher's hidden states at `gap` times the student's from them. peaked: the
-    target's logit is raised to where its probability is 0.7 or so, as a language model's usually is."""
+    target's logit is raised until its probability is about 0.7, as a language model's usually is."""
     g = torch.Generator().manual_seed(seed)
     head = torch.randn(vocabulary, width, generator=g) / width**0.5
     hidden = 1.5 * torch.randn(tokens, width, generator=g)
@@ -85,7 +85,7 @@ def problem(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, task: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the contenders: each takes a Problem and returns the loss, which carries the gradient, or None where it cannot do it
+# the contenders: each takes a Problem and returns the loss, which carries the gradient, or None if it cannot do it
 # ---------------------------------------------------------------------------------------------------------------------
 def this_head_loss(p: Problem) -> Tensor | None:
     count = len(p.y)

@@ -1,10 +1,10 @@
 """Leakage of privileged information: RLSD's Theorem 1 and Fig. 1 in small.
 
     python benchmarks/leakage.py                    # the probe and the long runs; an hour on two CPU cores
-    python benchmarks/leakage.py --steps 0          # the probe alone, a minute; the runs that leakage.json has stay in it
+    python benchmarks/leakage.py --steps 0          # the probe alone, a minute; runs in leakage.json are kept
 
-The probe. A teacher that sees a reference r pulls the student towards P(· | x, r), which the student, who does not see
-r, can at best meet on average over r. Theorem 1: the part of the forward-KL loss that no student can remove is the
+The probe. A teacher that sees a reference r pulls the student towards P(· | x, r). The student does not see r, so it
+can at best match the average over r. Theorem 1: the part of the forward-KL loss that no student can remove is the
 mutual information I(Y_t; R | X, Y_<t). For each question the probe takes the right answer and K − 1 wrong ones (those
 of other responses to it), reads the student's responses behind each, and reports, per token: the KL to the student
 with the right reference and with a shuffled one (another question's), and I as the mean KL of the K teachers to their
@@ -12,9 +12,9 @@ mean. It is a part of the mean KL of the same K teachers to the student, which e
 student. What the right and the shuffled reference have in common is format, not information.
 
 The runs. GRPO, RLSD and OPSD (forward KL to the answer-conditioned teacher: live and frozen) from the same start
-with the same rollouts a step, for --steps steps and --seeds seeds: held-out pass@1, response length, entropy, and the
-rate of responses that speak of a reference they cannot see. Writes results/leakage/{leakage.json, leakage.png,
-leakage.md}; a run that is already under --out is not repeated.
+with the same rollouts per step, for --steps steps and --seeds seeds: held-out pass@1, response length, entropy, and the
+rate of responses that mention a reference they cannot see. Writes results/leakage/{leakage.json, leakage.png,
+leakage.md}. A run that is already under --out is not repeated.
 """
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ RUNS = {
 @dataclass
 class Args:
     steps: int = 200
-    """of each run (the paper: 200); 0 is the probe alone"""
+    """steps per run (the paper: 200); 0: the probe alone"""
     seeds: int = 2
-    """of each run"""
+    """seeds per run"""
     out: str = "runs/leakage"
-    """where the runs go"""
+    """folder of the runs"""
     questions: int = 128
     """of the probe"""
     references: int = 4
-    """K, the right answer and K − 1 others"""
+    """K: the right answer and K − 1 others"""
     model: str = "assets/chain"
     """of the probe"""
 

@@ -6,9 +6,9 @@
 Samples groups, takes the failed responses that have a successful peer in their group, and reads each response behind
 four prompts: the student's own, with the answer (OPSD on the bare answer), with the worked solution (OPSD), and with
 answer and peer (HSD). Credit is A_t = log π(o_t | context) − log π(o_t | question) at the sampled token, Eq. 2.
-"hybrid" is the mean of the answer's credit and the GRPO advantage of the response, one reading of GRPO+OPSD (the paper
-does not define it). Mass is the share of Σ|A| within w tokens of the first divergence τ from the peer, of the whole
-response and of the ±50 tokens about τ: the paper does not say which. Writes results/localisation/NAME.{json,png,md}.
+"hybrid" is the mean of the answer's credit and the GRPO advantage of the response: one reading of GRPO+OPSD, which the
+paper does not define. Mass is the share of Σ|A| that lies within w tokens of the first divergence τ from the peer: the
+share of the whole response, and of the ±50 tokens about τ, because the paper does not say which. Writes results/localisation/NAME.{json,png,md}.
 """
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ WIDTHS = (2, 4, 8, 16, 32)
 @dataclass
 class Args:
     name: str = "chain"
-    """of the result files"""
+    """name of the result files"""
     model: str = "assets/chain"
     """folder or hub id"""
     task: str = "chain"
-    """problems, as the algorithm files take them"""
+    """task, as for the method files"""
     data_dir: str = ""
     """folder of the named sets"""
     questions: int = 256
@@ -62,13 +62,13 @@ class Args:
     group_size: int = 8
     """G"""
     max_tokens: int = 64
-    """limit of a response"""
+    """most tokens per response"""
     failures: int = 512
     """failed responses with a peer, at most (the paper: 512)"""
     token_budget: int = 16384
-    """padded tokens in a forward pass"""
+    """padded tokens per forward pass"""
     seed: int = 0
-    """of questions and samples"""
+    """random seed of questions and samples"""
 
 
 def main(args: Args) -> None:
@@ -136,7 +136,7 @@ def main(args: Args) -> None:
 
 
 def localisation(credit: torch.Tensor, tau: int) -> dict[str, float]:
-    """How |A_t| (Eq. 2; credit [|o|], nats) of one response is spread about τ (§5.3, App. E.3, Table 5).
+    """How |A_t| (Eq. 2; credit [|o|], nats) of one response is distributed about τ (§5.3, App. E.3, Table 5).
 
     mass/w8 is the share of the whole response's |A| that lies within 8 tokens of τ; mass50/w8 the share of what lies
     within 50 tokens of τ: the paper does not state its denominator, and its own numbers fit the second.
@@ -170,9 +170,9 @@ def by_position(credit: list[torch.Tensor], bins: int = 20) -> list[float]:
     """Mean |A| in 20 bins of t/|o| (Fig. 1)."""
     sums, counts = torch.zeros(bins), torch.zeros(bins)
     for a in credit:
-        where = torch.arange(len(a)) * bins // len(a)
-        sums.index_add_(0, where, a.abs())
-        counts.index_add_(0, where, torch.ones(len(a)))
+        bin_of = torch.arange(len(a)) * bins // len(a)
+        sums.index_add_(0, bin_of, a.abs())
+        counts.index_add_(0, bin_of, torch.ones(len(a)))
     return (sums / counts.clamp(min=1)).tolist()
 
 

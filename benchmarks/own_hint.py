@@ -14,7 +14,7 @@ sibling = sdpo.choose_sibling
 
 
 def own_first(group, i, rng):
-    other = sibling(group, i, rng)  # draws its random number in any case
+    other = sibling(group, i, rng)  # always draws, so that the random stream stays the same
     return i if group.verdicts[i].reward == 1 else other
 
 

@@ -1,8 +1,8 @@
-"""A few steps of the files on a real model and real problems: does everything hold together there?
+"""A few steps of the method files on a real model and real problems: does everything work together?
 
     python benchmarks/real.py --model SMOLLM2_135M_INSTRUCT --data_dir DATA        # ten minutes on two cores
 
-It shows that formats, verifiers, contexts and memory work out, not that a small model learns in four steps. Writes
+It shows that formats, verifiers, contexts and memory fit, not that a small model learns in four steps. Writes
 results/real/NAME.json for each of RUNS: the command, every metric of every step, and one rollout with its verdict.
 """
 from __future__ import annotations

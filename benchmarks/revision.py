@@ -5,7 +5,7 @@ self-localisation (Fig. 4).
     python benchmarks/revision.py runs/zero
 
 Prints the budget and the rate of phrases; writes revision.json, self_localisation.json and
-self_localisation.png into the run's folder. Self-localisation is measured where phase 2 begins:
+self_localisation.png into the run's folder. Self-localisation is measured at the start of phase 2, when
 student and teacher are both θ_SRT, which the run's last checkpoint holds.
 """
 from __future__ import annotations

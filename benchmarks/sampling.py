@@ -1,13 +1,13 @@
-"""Sampling without vLLM: common/sampler.py's HFSampler against transformers' own `generate`, which is what TRL samples
-with where it has no vLLM (whole steps of both trainers: benchmarks/speed.py).
+"""Sampling without vLLM: common/sampler.py's HFSampler against transformers' own `generate`, which TRL uses for
+sampling without vLLM (whole steps of both trainers: benchmarks/speed.py).
 
     python benchmarks/sampling.py                                                     # the embedded model
     python benchmarks/sampling.py --name smollm2 --model SMOLLM2 --task gsm8k --data_dir DATA --prompts 4 --samples 4
 
-Same model object, prompts, samples a prompt, temperature 1 and full distribution; `generate` gets the prompts as they
-come, padded on the left, `rows` at a time. Two settings: responses that end where they end (as in training), and all of
+Same model object, prompts, samples per prompt, temperature 1 and full distribution; `generate` gets the prompts in
+their order, padded on the left, `rows` at a time. Two settings: responses that end where they end (as in training), and all of
 --max_tokens (end tokens off: the cost of decoding alone). HFSampler returns log-probabilities as well; `generate` is
-not asked for them. The two run in turns, and the ratio is that of a round. Writes results/sampling/NAME.{json,md}.
+not asked for them. The two run in turns; a ratio compares the two runs of a round. Writes results/sampling/NAME.{json,md}.
 """
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass
 class Args:
     name: str = "chain"
-    """of the result files"""
+    """name of the result files"""
     model: str = "assets/chain"
     """model folder"""
     task: str = "chain"
-    """where the prompts come from"""
+    """task that the prompts come from"""
     data_dir: str = ""
     """folder that named sets are read from"""
     prompts: int = 16
     """questions"""
     samples: int = 8
-    """responses a question"""
+    """responses per question"""
     max_tokens: int = 64
-    """limit of a response"""
+    """most tokens per response"""
     rows: int = 128
-    """responses that decode at a time"""
+    """responses decoded at the same time"""
     rounds: int = 7
-    """timed runs of each side, in turns; one before them does not count"""
+    """timed runs of each side, in turns, after one warm-up run"""
     threads: int = 1
     """CPU threads"""
 

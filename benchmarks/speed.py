@@ -4,8 +4,8 @@
     python benchmarks/speed.py --trl_python … --file sdpo --name chain-sdpo                      # or hsd
     python benchmarks/speed.py --trl_python … --model SMOLLM2 --task jsonl:gsm8k/train.jsonl …   # a real one
 
-TRL lives in an environment of its own (pip install torch==2.13.0 trl==1.16.0). The two run in turns, so that a noisy
-machine meets both alike; the first two steps of a run (warm-up) do not count. Writes results/speed/NAME.json.
+TRL needs an environment of its own (pip install torch==2.13.0 trl==1.16.0). The two run in turns, so that other
+load affects both alike. The first two steps of a run (warm-up) do not count. Writes results/speed/NAME.json.
 """
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ class Args:
     """grpo.py and GRPOTrainer; sdpo.py and SDPOTrainer (siblings, average, reverse KL); hsd.py as self-distillation from the worked
     solution (frozen teacher, reverse KL) and SDFTTrainer"""
     name: str = "chain"
-    """of the result file"""
+    """name of the result file"""
     model: str = "assets/chain"
     """model folder"""
     task: str = "chain"
     """chain or jsonl:FILE"""
     heldout: int = 256
-    """problems neither side trains on"""
+    """problems that neither side trains on"""
     batch_size: int = 16
-    """questions a step"""
+    """questions per step"""
     group_size: int = 8
-    """responses a question"""
+    """responses per question"""
     max_tokens: int = 64
-    """limit of a response"""
+    """most tokens per response"""
     lr: float = 1e-4
     """learning rate"""
     steps: int = 12
-    """steps of a run, the two warm-up steps included"""
+    """steps per run, including the two warm-up steps"""
     rounds: int = 3
     """runs of each side, in turns"""
     per_device: int = 128
-    """TRL's per_device_train_batch_size: as many rows as the memory takes are fastest for it"""
+    """TRL's per_device_train_batch_size; TRL is fastest with as many rows as fit the memory"""
     token_budget: int = 16384
-    """grpo.py's padded tokens in a forward pass"""
+    """the method file's padded tokens per forward pass"""
     threads: int = 2
     """CPU threads of each side"""
 

@@ -1,10 +1,10 @@
 """How far the verifiers agree with the sets' own answers, and how fast and clean the sandbox is.
 
-    python benchmarks/verifiers.py --data_dir data             # every set that is there; writes results/verifiers/
+    python benchmarks/verifiers.py --data_dir data             # every set found there; writes results/verifiers/
 
 Rates: a gold judged against itself and against its worked solution should pass; against another problem's gold, or
-altered, it should fail. Sandbox: programs a second, beside starts of a bare interpreter in turns with them (on a busy
-machine the ratio is what counts), and what 5,000 runs leave behind.
+altered, it should fail. Sandbox: programs per second, in turns with starts of a bare interpreter (on a busy machine
+only the ratio counts), and what 5,000 runs leave behind.
 """
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Args:
     data_dir: str
     """folder with the public sets (SETS in common/tasks/sets.py)"""
     humaneval: str = ""
-    """HumanEval.jsonl.gz, where it is not in data_dir"""
+    """HumanEval.jsonl.gz, if it is not in data_dir"""
     runs: int = 5000
     """sandboxed programs in the leak test"""
     workers: int = 4
-    """verdicts at a time"""
+    """verdicts at the same time"""
     out: str = "results/verifiers"
     """folder of the result file"""
 
@@ -159,7 +159,7 @@ def state() -> dict[str, int]:
 
 
 def throughput(verifier: Verifier, workers: int, rounds: int = 5, count: int = 60) -> dict:
-    """Programs a second, each with three tests, and starts of `python -I -S -c pass` a second, in turns."""
+    """Programs per second, each with three tests, and starts of `python -I -S -c pass` per second, in turns."""
     bare = [os.path.realpath(sys.executable), "-I", "-S", "-c", "pass"]
     rates: dict[str, list[float]] = {"bare interpreter": [], **{name: [] for name in PROGRAMS}}
 

@@ -1,4 +1,4 @@
-"""Which models can be trained right. All others end the run at start, in words.
+"""Checks that a model can be trained correctly. Any other model ends the run at start, in one line.
 
 `check_architecture` reads the configuration and the modules; weights may be on the meta device, so
 --dry_run calls it too. `check_forward` runs a loaded model on a few tokens.
@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import require
 
-# What configurations call a transformation of the logits, and the value that leaves logits alone.
+# Configuration keys of transformations of the logits, and the value that changes nothing.
 TRANSFORMATIONS = {
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
@@ -77,7 +77,7 @@ def empty_lm(path: str) -> PreTrainedModel:
 
 @contextmanager
 def in_words(path: str) -> Iterator[None]:
-    """What transformers cannot load ends the run with the first line of its reason."""
+    """Exit with the first line of the reason if transformers cannot load the model at `path`."""
     try:
         yield
     except (ValueError, ImportError, OSError, RuntimeError) as error:
@@ -111,7 +111,7 @@ def check_architecture(lm: PreTrainedModel, path: str, *, sampler: str = "",
 
 
 def transformations(lm: PreTrainedModel) -> list[str]:
-    """What `lm` says that it does to its logits."""
+    """The transformations of the logits that the configuration of `lm` names."""
     config = lm.config.get_text_config()
     found = []
     for key, plain in TRANSFORMATIONS.items():
@@ -189,7 +189,8 @@ def read(lm: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(lm: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """The logits that `lm` makes of other hidden states than those of `ids`."""
+    """The logits that `lm` computes if its head reads `hidden` [1, T, D] instead of its own states.
+    """
     hook = lm.get_output_embeddings().register_forward_pre_hook(lambda module, args: (hidden,))
     try:
         return lm(input_ids=ids, use_cache=False).logits
@@ -202,9 +203,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def mend_generation_config(lm: PreTrainedModel, path: str) -> None:
-    """Make the generation config one that can be saved, and try it: else the first checkpoint
-    would end the run. Many models on the hub have a temperature without do_sample; they mean to
-    sample."""
+    """Make the generation config one that can be saved, and try to save it: otherwise the first
+    checkpoint would end the run. Many models on the hub set a temperature without do_sample; they
+    are meant to sample."""
     settings = lm.generation_config
     try:
         settings.validate(strict=True)
@@ -225,7 +226,7 @@ def context_length(lm: PreTrainedModel) -> float:
 
 
 def key_value_size(lm: PreTrainedModel) -> int:
-    """How many numbers an attention layer keeps of a token; 0 in a model without attention."""
+    """How many numbers an attention layer caches per token; 0 for a model without attention."""
     config = lm.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
@@ -235,8 +236,9 @@ def key_value_size(lm: PreTrainedModel) -> int:
 
 
 def enable_checkpointing(lm: PreTrainedModel) -> None:
-    """Gradient checkpointing of a model in eval mode. A layer heeds it in training mode alone, in
-    which some layers also drop out: so a layer's forward itself runs in eval mode."""
+    """Gradient checkpointing of a model in eval mode. A layer checkpoints only in training mode, in
+    which some layers also apply dropout. So each layer is in training mode except during its own
+    forward."""
     lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in lm.modules():
         if isinstance(module, GradientCheckpointingLayer):

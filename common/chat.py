@@ -1,8 +1,8 @@
 """Chat templates and tokenizers: from messages to a prompt's ids, from a response's ids to text.
 
 Templates differ in ways that a checkpoint's name does not tell. `load_tokenizer` therefore renders
-small chats, reads from them how the template begins and ends a turn, and ends the run when a
-template cannot be trained right. The same `chat_ids` makes the prompts of student and teacher.
+small chats, reads from them how the template begins and ends a turn, and ends the run if training
+with the template would be wrong. Student and teacher prompts come from the same `chat_ids`.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}  # the messages of the small
 QUESTION = {"role": "user", "content": "Is 7 prime?"}
 ANSWER = {"role": "assistant", "content": "Seven is prime."}
 THOUGHT = "One, seven."
-TODAY = datetime(2024, 7, 26)  # the day that Llama's templates take when they have no clock
+TODAY = datetime(2024, 7, 26)  # the date that Llama's templates use if they get no clock
 SWITCHES = ("enable_thinking", "thinking", "reasoning", "thinking_budget")  # for --thinking
 REFUSALS = (TemplateError, TypeError, ValueError)  # what a template raises
 
@@ -51,9 +51,9 @@ def render(tokenizer: Tokenizer, messages: list[dict], thinking: bool = False, *
 
 
 def template_options(thinking: bool) -> dict:
-    """What every template is given: the thinking switch under each of its names, and a clock.
+    """The variables of every template: the thinking switch under each of its names, and a clock.
 
-    The clock stands still. A prompt is the same on every day, so a resumed run is the same run.
+    The clock is fixed: a prompt must be the same on every day, or a resumed run would differ.
     """
     budget = -1 if thinking else 0  # Seed-OSS counts tokens of thought; -1 is no limit
     switch = dict(zip(SWITCHES, (thinking, thinking, thinking, budget)))
@@ -69,7 +69,7 @@ def takes_system(tokenizer: Tokenizer) -> bool:
 
 
 def fold_system(messages: list[dict]) -> list[dict]:
-    """The system message becomes the first paragraph of the user's, as in Gemma 3's template.
+    """Put the system message before the user's, as its first paragraph (Gemma 3's template does).
 
     >>> fold_system([SYSTEM, QUESTION])
     [{'role': 'user', 'content': 'Be brief.\\n\\nIs 7 prime?'}]
@@ -92,12 +92,14 @@ def turn_tail(tokenizer: Tokenizer, *following: dict) -> str:
     chat = [QUESTION, ANSWER, *following]
     text = render(tokenizer, chat, generation_prompt=False)
     _, found, tail = text.partition(ANSWER["content"])
-    return tail.partition(QUESTION["content"])[0] if found else ""
+    if not found:
+        return ""
+    return tail.partition(QUESTION["content"])[0]
 
 
 def around_thought(tokenizer: Tokenizer) -> tuple[str, str]:
-    """What the template writes before a turn's thought, and what between the thought and the
-    answer; nothing when it shows no thoughts."""
+    """What the template writes before a turn's thought, and what it writes between the thought and
+    the answer; two empty strings if it shows no thoughts."""
     names = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THOUGHT)
     chat = [QUESTION, {**ANSWER, **names}]
     try:
@@ -105,13 +107,15 @@ def around_thought(tokenizer: Tokenizer) -> tuple[str, str]:
     except REFUSALS:
         return "", ""
     before, found, after = text.partition(QUESTION["content"])[2].partition(THOUGHT)
-    return (before, after.partition(ANSWER["content"])[0]) if found else ("", "")
+    if not found:
+        return "", ""
+    return before, after.partition(ANSWER["content"])[0]
 
 
 def turn_end(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> int | None:
     """The token that ends an assistant's turn: the first of the model's `ends` that the template
-    writes after the turn's text, or else the first control token there, or else the eos. A token
-    that also ends a thought ends no turn (Solar Open has one)."""
+    writes after the turn's text; if there is none, the first control token there; if there is none
+    either, the eos. A token that also ends a thought does not count (Solar Open has one)."""
     last, inner = turn_tail(tokenizer), turn_tail(tokenizer, QUESTION)
     closing = tokenizer.encode(around_thought(tokenizer)[1], add_special_tokens=False)
     for tail in (last, inner):  # GLM-4 ends a turn with the next role's token
@@ -144,29 +148,29 @@ def end_tokens(path: str, tokenizer: Tokenizer) -> list[int]:
 # --------------------------------------------------------------------------------------------------
 def response_text(tokenizer: Tokenizer, prompt: list[int], response: list[int]) -> str:
     """The text of a response for verifiers and people: without special tokens, but with the tags of
-    thoughts, and with the tag that the prompt opened."""
+    thoughts, including one that the prompt opened."""
     special = special_tokens(tokenizer)
-    shown = [i for i in response if i not in special or is_mark(special[i])]
-    return opening(tokenizer, prompt) + tokenizer.decode(shown)
+    shown = [i for i in response if i not in special or is_thought_tag(special[i])]
+    return opened_tag(tokenizer, prompt) + tokenizer.decode(shown)
 
 
-def opening(tokenizer: Tokenizer, prompt: list[int]) -> str:
+def opened_tag(tokenizer: Tokenizer, prompt: list[int]) -> str:
     """The tag of the thought that is open at the end of a prompt, or "". Only the assistant's turn
-    counts: it begins after the last control token that is no tag of thoughts."""
+    counts. It begins after the last control token that is not a thought tag."""
     controls = control_tokens(tokenizer)
     turn: list[int] = []
     for token in reversed(prompt):
-        if token in controls and not is_mark(controls[token]):
+        if token in controls and not is_thought_tag(controls[token]):
             break
         turn.append(token)
     return open_thought(tokenizer.decode(turn[::-1]))
 
 
 def as_text(tokenizer: Tokenizer, text: str) -> str:
-    """The text with a space inside each control token's string, so that another prompt can show it.
+    """The text with a space inside each control token's string, for use in another prompt.
 
     A response, or feedback that quotes one, could otherwise end the user's turn and write turns of
-    its own. Every other text stays as it is.
+    its own. Text without control tokens is not changed.
     """
     controls = control_tokens(tokenizer)
     for token in controls.values():
@@ -175,9 +179,9 @@ def as_text(tokenizer: Tokenizer, text: str) -> str:
             text = text.replace(token, apart)
     forged = set(controls)
     if tokenizer.unk_token_id != tokenizer.eos_token_id:
-        forged.discard(tokenizer.unk_token_id)  # stands for characters that have no token
+        forged.discard(tokenizer.unk_token_id)  # the token of characters that have no other
     ids = tokenizer.encode(text, add_special_tokens=False)
-    while forged.intersection(ids):  # the normaliser made one of another string, as of <|IM_END|>
+    while forged.intersection(ids):  # a normaliser makes one of another string: of <|IM_END|>, say
         text = tokenizer.decode([i for i in ids if i not in forged])
         ids = tokenizer.encode(text, add_special_tokens=False)
     return text
@@ -185,7 +189,7 @@ def as_text(tokenizer: Tokenizer, text: str) -> str:
 
 @lru_cache(maxsize=16)
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """The special tokens by id: those with a name (eos, pad …) and those that the file marks so."""
+    """Special tokens by id: those with a name (eos, pad …) and those marked special in the file."""
     found = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
     for i, token in tokenizer.added_tokens_decoder.items():
         if token.special:
@@ -195,7 +199,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 @lru_cache(maxsize=16)
 def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """The special tokens by id, and those of a turn that some families do not mark as special."""
+    """Special tokens by id, with the tokens of a turn that some families do not mark as special."""
     text = render(tokenizer, [QUESTION, ANSWER], generation_prompt=False) + turn_start(tokenizer)
     for message in (QUESTION, ANSWER):
         text = text.replace(message["content"], "\n")
@@ -208,14 +212,14 @@ def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 def is_control(tokenizer: Tokenizer, token: int) -> bool:
     """Whether a token that the template writes is a control token: special, or an added token such
-    as <|User|>, but no white space and no plain word."""
+    as <|User|> that is neither white space nor a plain word."""
     if token in special_tokens(tokenizer):
         return True
     added = tokenizer.added_tokens_decoder.get(token)
     return added is not None and re.search(r"\w\W|\W\w", added.content.strip()) is not None
 
 
-def is_mark(token: str) -> bool:
+def is_thought_tag(token: str) -> bool:
     """Whether a special token is a tag of thoughts or part of one, as gpt-oss's <|channel|> is."""
     return any(token in tag for pair in THOUGHTS for tag in pair)
 
@@ -225,8 +229,8 @@ def is_mark(token: str) -> bool:
 # --------------------------------------------------------------------------------------------------
 def load_tokenizer(path: str, thinking: bool = False,
                    problems: Sequence[Problem] = ()) -> Tokenizer:
-    """The tokenizer at `path` (a folder or a hub id). Raises SystemExit when there is none, when it
-    has no chat template, and when it does not fit the model, --thinking or the problems."""
+    """The tokenizer at `path` (a folder or a hub id). Raises SystemExit if there is none, if it has
+    no chat template, or if it does not fit the model, --thinking or the problems."""
     check_path(path)
     model = f"--model {path}: its"
     try:
@@ -245,7 +249,7 @@ def load_tokenizer(path: str, thinking: bool = False,
 
 
 def check_texts(model: str, tokenizer: Tokenizer, thinking: bool) -> None:
-    """The template shows the text of a question and of its answer, after one BOS at most."""
+    """Check that the template shows a question and its answer, after one BOS at most."""
     remedy = "set another tokenizer.chat_template and save it again"
     try:
         asked = render(tokenizer, [QUESTION], thinking)
@@ -262,7 +266,7 @@ def check_texts(model: str, tokenizer: Tokenizer, thinking: bool) -> None:
 
 
 def check_thinking(model: str, tokenizer: Tokenizer, thinking: bool) -> None:
-    """--thinking turns a switch, and no switch that it does not reach is on."""
+    """Check that --thinking changes the prompt, and that no other thinking switch is on."""
     asked = render(tokenizer, [QUESTION], thinking)
     switched = asked != render(tokenizer, [QUESTION], not thinking)
     require(switched or not thinking, f"{model} chat template has no thinking switch of the names "
@@ -281,7 +285,8 @@ def check_thinking(model: str, tokenizer: Tokenizer, thinking: bool) -> None:
 
 
 def check_turn(model: str, tokenizer: Tokenizer, thinking: bool) -> None:
-    """A prompt ends as a finished turn begins, but for tags of thoughts; a token ends the turn."""
+    """Check that a prompt ends as a finished turn begins, apart from thought tags, and that a token
+    ends the turn."""
     asked = render(tokenizer, [QUESTION], thinking)
     ignored = asked == render(tokenizer, [QUESTION], thinking, generation_prompt=False)
     finished = render(tokenizer, [QUESTION, ANSWER], thinking, generation_prompt=False)
@@ -315,7 +320,7 @@ def check_turn(model: str, tokenizer: Tokenizer, thinking: bool) -> None:
 
 def check_roles(model: str, tokenizer: Tokenizer, thinking: bool,
                 problems: Sequence[Problem]) -> None:
-    """The template takes the roles of every problem."""
+    """Check that the template takes the roles of every problem."""
     examples = {tuple(message["role"] for message in p.messages): p for p in problems}
     for roles, problem in examples.items():
         try:
@@ -333,7 +338,7 @@ def check_roles(model: str, tokenizer: Tokenizer, thinking: bool,
 
 def check_embedding(path: str, tokenizer: Tokenizer, thinking: bool,
                     problems: Sequence[Problem]) -> None:
-    """No token comes up that the model's embedding does not have. The tokenizer may have more
+    """Check that the model's embedding has every token that can occur. The tokenizer may have more
     tokens if nothing uses them: Gemma 3's has one for images."""
     rows = AutoConfig.from_pretrained(path).get_text_config().vocab_size
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
@@ -351,7 +356,7 @@ def check_embedding(path: str, tokenizer: Tokenizer, thinking: bool,
 
 
 def check_unused(tokens: dict[str, int], problems: Sequence[Problem], remedy: str) -> None:
-    """No problem has one of the tokens."""
+    """Check that no problem contains one of the tokens."""
     for problem in problems:
         texts = [message["content"] for message in problem.messages]
         text = "\n".join([*texts, problem.answer or "", problem.solution or ""])
@@ -360,7 +365,7 @@ def check_unused(tokens: dict[str, int], problems: Sequence[Problem], remedy: st
 
 
 def without_tags(text: str) -> str:
-    """The text without tags of thoughts, and without white space at its ends."""
+    """The text without thought tags, and without white space at its ends."""
     tags = [tag for pair in THOUGHTS for tag in pair]
     for tag in sorted(tags, key=len, reverse=True):
         text = text.replace(tag, "")

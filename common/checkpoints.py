@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from common.policy import Policy, save_model
 from common.settings import refused_change
 
-KEPT = 2  # checkpoints of a run
+KEPT = 2  # checkpoints that a run keeps
 
 
 def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, teacher, tokenizer,
@@ -59,7 +59,7 @@ def load(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, teacher
 
 
 def training_state(policy: Policy, optimizer: torch.optim.Optimizer, teacher) -> dict:
-    """What --model does not hold; of a LoRA policy the adapters alone."""
+    """The trained fp32 weights (adapters alone with LoRA), the moments, and the teacher."""
     weights, moments = get_state_dict(policy, optimizer)
     for name, p in policy.named_parameters(remove_duplicate=False):
         if not p.requires_grad:
@@ -76,12 +76,13 @@ def checksum(path: Path) -> str:
 
 
 def last(run_folder: Path) -> Path | None:
+    """The newest checkpoint of a run, if any."""
     return max((run_folder / "checkpoints").glob("step_*"), default=None)
 
 
 def choose(run_folder: Path, resume: str, method: str, settings: dict,
            fixed: tuple[str, ...] = ()) -> tuple[Path | None, str]:
-    """The checkpoint that --resume names (None: there is none yet), and what is wrong with it.
+    """The checkpoint that --resume names (None: none yet), and what is wrong with it ("": nothing).
 
     fixed: settings of the method that must not differ, beside settings.FIXED.
     """
@@ -144,7 +145,7 @@ def other_run(folder: Path, method: str, settings: dict, fixed: tuple[str, ...])
 
 
 def size_in_bytes(policy: Policy, teacher, device: torch.device) -> int:
-    """About what a checkpoint takes on the disk."""
+    """About the bytes that a checkpoint takes on the disk."""
     weights = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     copies = 0

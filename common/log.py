@@ -25,7 +25,8 @@ PHASES = ("sample", "verify", "score", "update", "sync")
 def reduce_over_ranks(metrics: dict[str, list]) -> dict[str, float]:
     """Each metric's mean over all values of all ranks, or the maximum if its name has "max".
 
-    A metric without any value on any rank is left out. A collective: every rank has the same names.
+    A metric without values on any rank is left out. A collective: every rank must have the same
+    metric names in the same order.
     """
     out = {}
     for name in metrics:
@@ -49,7 +50,7 @@ def as_column(values: Tensor | list) -> Tensor:
 
 
 def make_tracker(package: str, folder: Path, step: int, config: dict) -> Callable[[dict], None]:
-    """A function that sends a row of metrics to --track.
+    """Return a function that sends a row of metrics to the tracker that --track names.
 
     A run that resumes after `step` steps continues its record, whose id is in the run's folder.
     """
@@ -65,7 +66,7 @@ def make_tracker(package: str, folder: Path, step: int, config: dict) -> Callabl
             project=PROJECT, name=folder.name, id=key, resume="allow", config=config,
             allow_val_change=True,
         )
-    else:  # trackio knows a run by its name
+    else:  # trackio identifies a run by its name
         module.init(project=PROJECT, name=f"{folder.name}-{key}", resume="allow", config=config)
 
     def write(row: dict) -> None:
@@ -78,19 +79,19 @@ def make_tracker(package: str, folder: Path, step: int, config: dict) -> Callabl
 def tensorboard(folder: Path, step: int) -> Callable[[dict], None]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # hides what comes again
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # hides rows to come again
 
     def write(row: dict) -> None:
         for name in row.keys() - {"step"}:
             writer.add_scalar(name, row[name], int(row["step"]))
-        writer.flush()  # a resume does not bring back rows before its checkpoint
+        writer.flush()  # a resumed run does not write rows before its checkpoint again
 
     return write
 
 
 def draw_curves(history: list[dict], path: Path, title: str) -> None:
     """curves.png: one panel per entry of PANELS."""
-    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, 3).flat

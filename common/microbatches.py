@@ -12,17 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MOST_PADDING = 0.25  # no row of a micro-batch is shorter than 1 − this share of the longest
+Ids = Sequence[list[int]]  # token ids, one list per rollout of the batch
+MOST_PADDING = 0.25  # every row has at least 1 − MOST_PADDING times the tokens of the longest
 
 
 @dataclass
 class Micro:
-    """Some rollouts of a batch. T counts their response tokens, one rollout after the other."""
+    """Some rollouts of a batch. [T] counts their response tokens, one rollout after the other."""
 
     rows: list[int]  # which rollouts of the batch, in the order of their tokens
-    lengths: list[int]  # response tokens of each
+    lengths: list[int]  # number of response tokens of each
     ids: Tensor  # [B, L] prompt and response; with shared prompts the response alone
-    index: Tensor  # [T] the flattened position whose hidden state predicts each response token
+    index: Tensor  # [T] position in the flattened ids whose hidden state predicts each token
     targets: Tensor  # [T] the response tokens, end token included
     prefix: Tensor | None = None  # [P, Lp] the different prompts, padded on the left, if shared
     prefix_mask: Tensor | None = None  # [P, Lp] 1 for a token, 0 for padding
@@ -37,7 +38,7 @@ class Micro:
         total = sum(self.lengths)
         return order.repeat_interleave(lengths, output_size=total)
 
-    def with_prompts(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Micro:
+    def with_prompts(self, prompts: Ids, responses: Ids) -> Micro:
         """The same responses behind other prompts."""
         return padded_right(prompts, responses, self.rows, self.ids.device)
 
@@ -59,23 +60,25 @@ class Micro:
         device = self.ids.device
         parts = [torch.empty(0, device=device)]
         for row in self.rows:
-            parts.append(torch.as_tensor(values[row], dtype=torch.float32, device=device))
+            part = torch.as_tensor(values[row], dtype=torch.float32, device=device)
+            parts.append(part)
         return torch.cat(parts)
 
     def split(self, values: Tensor) -> dict[int, Tensor]:
-        """Per-token values [T] → rollout of the batch: its values [|o|], on the CPU."""
-        return dict(zip(self.rows, values.cpu().split(self.lengths)))
+        """Per-token values [T] → {rollout of the batch: its values [|o|]}, on the CPU."""
+        parts = values.cpu().split(self.lengths)
+        return dict(zip(self.rows, parts))
 
 
-def micro_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]],
-                  kept: Tensor | None, budget: int, device: torch.device,
-                  share_prompts: bool = False) -> list[Micro]:
+def micro_batches(prompts: Ids, responses: Ids, kept: Tensor | None, budget: int,
+                  device: torch.device, share_prompts: bool = False) -> list[Micro]:
     """Sort rollouts by length and group them into micro-batches of at most `budget` padded tokens.
 
-    kept: a mask over the rollouts, [Q, G] or flat; None keeps all. A row longer than the budget
-    makes a micro-batch of its own. Every rank gets the same number of micro-batches, so that
-    FSDP's collectives match: ranks with fewer split some of theirs or add empty ones.
+    kept: a mask over the rollouts, [Q, G] or flat; None keeps all.
     share_prompts: read each different prompt of a micro-batch once.
+    A row longer than the budget gets a micro-batch of its own. Every rank gets the same number of
+    micro-batches, so that FSDP's collectives match: ranks with fewer split some of theirs or add
+    empty ones. A collective.
     """
     sizes = []
     for prompt, response in zip(prompts, responses):
@@ -89,9 +92,11 @@ def micro_batches(prompts: Sequence[list[int]], responses: Sequence[list[int]],
     for row in rows:
         size = sizes[row]
         similar = size >= (1 - MOST_PADDING) * width
-        if bins and similar and (len(bins[-1]) + 1) * width <= budget:
-            bins[-1].append(row)
-            continue
+        if bins and similar:
+            padded_tokens = (len(bins[-1]) + 1) * width
+            if padded_tokens <= budget:
+                bins[-1].append(row)
+                continue
         bins.append([row])
         width = size
     split_evenly(bins)
@@ -110,8 +115,7 @@ def split_evenly(bins: list[list[int]]) -> None:
         del fullest[half:]
 
 
-def padded_right(prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: list[int],
-                 device: torch.device) -> Micro:
+def padded_right(prompts: Ids, responses: Ids, rows: list[int], device: torch.device) -> Micro:
     """Rows of prompt and response, padded on the right.
 
     >>> m = padded_right([[1, 2], [3]], [[4], [5, 6]], [0, 1], torch.device("cpu"))
@@ -127,17 +131,19 @@ def padded_right(prompts: Sequence[list[int]], responses: Sequence[list[int]], r
     return micro_of(rows, responses, ids, index, device)
 
 
-def shared_prompts(prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: list[int],
-                   device: torch.device) -> Micro:
+def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.device) -> Micro:
     """Each different prompt once, padded on the left, and rows of responses alone.
 
     Flattened positions count through all prompts, then through all rows. A prompt's last token
-    predicts the first token of a response; the last token of a response need not be read.
+    predicts the first token of a response. The last token of a response predicts nothing and is
+    not read.
     """
-    different = list(dict.fromkeys(tuple(prompts[row]) for row in rows)) or [(0,)]
-    which = [different.index(tuple(prompts[row])) for row in rows]
+    wanted = [tuple(prompts[row]) for row in rows]
+    different = list(dict.fromkeys(wanted)) or [(0,)]
+    which = [different.index(prompt) for prompt in wanted]
     prefix = padded(different, left=True)
-    mask = padded([[1] * len(prompt) for prompt in different], left=True)
+    ones = [[1] * len(prompt) for prompt in different]
+    mask = padded(ones, left=True)
     ids = padded([responses[row][:-1] for row in rows])
     wide, width = prefix.shape[1], ids.shape[1]
     index: list[int] = []
@@ -153,7 +159,7 @@ def shared_prompts(prompts: Sequence[list[int]], responses: Sequence[list[int]],
     return micro
 
 
-def micro_of(rows: list[int], responses: Sequence[list[int]], ids: Tensor, index: list[int],
+def micro_of(rows: list[int], responses: Ids, ids: Tensor, index: list[int],
              device: torch.device) -> Micro:
     """The Micro of `rows` whose response tokens are predicted at `index`."""
     lengths: list[int] = []
@@ -162,13 +168,20 @@ def micro_of(rows: list[int], responses: Sequence[list[int]], ids: Tensor, index
         response = responses[row]
         lengths.append(len(response))
         targets += response
-    return Micro(rows, lengths, ids.to(device), as_long(index, device), as_long(targets, device))
+    return Micro(
+        rows,
+        lengths,
+        ids=ids.to(device),
+        index=as_long(index, device),
+        targets=as_long(targets, device),
+    )
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
-    """[B, L] filled up with zeros; at least one row and one column: a model reads no less."""
+    """The rows as [B, L], filled up with zeros. B and L are at least 1, as a model requires."""
+    height = max(1, len(rows))
     width = max([1, *map(len, rows)])
-    out = torch.zeros(max(1, len(rows)), width, dtype=torch.long)
+    out = torch.zeros(height, width, dtype=torch.long)
     for b, row in enumerate(rows):
         values = torch.tensor(row, dtype=torch.long)
         if left:

@@ -49,19 +49,22 @@ class Batch:
     groups: list[Group]
 
     def __post_init__(self):
-        self.rollouts = [rollout for group in self.groups for rollout in group.rollouts]
+        self.rollouts: list[Rollout] = []
+        rewards, lengths, truncated = [], [], []
+        for group in self.groups:
+            self.rollouts += group.rollouts
+            rewards.append([verdict.reward for verdict in group.verdicts])
+            lengths.append([len(rollout.response_ids) for rollout in group.rollouts])
+            truncated.append([rollout.truncated for rollout in group.rollouts])
         self.prompts = [rollout.prompt_ids for rollout in self.rollouts]
         self.responses = [rollout.response_ids for rollout in self.rollouts]
         self.sampler_logp = [rollout.logprobs for rollout in self.rollouts]
-        rewards = [[verdict.reward for verdict in group.verdicts] for group in self.groups]
-        lengths = [[len(o.response_ids) for o in group.rollouts] for group in self.groups]
-        truncated = [[o.truncated for o in group.rollouts] for group in self.groups]
         self.rewards = torch.tensor(rewards, dtype=torch.float32)  # [Q, G]
         self.lengths = torch.tensor(lengths, dtype=torch.float32)  # [Q, G] response tokens
         self.truncated = torch.tensor(truncated)  # [Q, G] bool
 
     def minibatches(self, count: int, epochs: int = 1) -> Iterator[Tensor]:
-        """Masks [Q, 1] of questions: `count` random parts per epoch, each one optimizer update."""
+        """Masks [Q, 1] of questions: `count` random parts per epoch, one per optimizer update."""
         questions = len(self.groups)
         for _ in range(epochs):
             order = torch.arange(questions)
@@ -73,7 +76,7 @@ class Batch:
                 yield mask
 
     def metrics(self) -> dict:
-        """What every method logs of its rollouts; the log averages over ranks."""
+        """The metrics that every method logs; the log averages over ranks."""
         out = {
             "reward/mean": self.rewards,
             "length/mean": self.lengths,
@@ -100,7 +103,7 @@ class Batch:
 
 
 class Rollouts:
-    """Problems in, judged responses out. The engine starts with the first `sync`."""
+    """Samples and judges responses to a task's problems. The first `sync` starts the engine."""
 
     def __init__(self, args, run, restarts: Sequence[str] = ()):
         """restarts: phrases with which a response begins another attempt (see Verifier)."""
@@ -135,20 +138,21 @@ class Rollouts:
         )
 
     def sleep(self) -> None:
-        """Until the next `sync` nothing is sampled: the engine may give up its memory.
+        """Let the engine free its memory: nothing is sampled until the next `sync`.
 
-        From here on time counts for scoring.
+        Time from here on is logged as scoring.
         """
         self.sampler.sleep()
         self.run.phase("score")
 
     def check_lengths(self, chats: list[list[dict] | None], responses: int = 1,
                       flag: str = "max_tokens", why: str = "") -> None:
-        """Each chat and `responses` responses must fit the model's context.
+        """Check that each chat and `responses` responses fit the model's context; exit if not.
 
-        flag: the limit of a response; why: the reason that it counts more than once. Each rank
-        measures its share of the chats, longest first. A token has at least one byte, so a chat
-        whose bytes and template are fewer than the longest has tokens needs no measuring.
+        flag: the setting that limits a response's tokens. why: the reason that a response counts
+        more than once, for the message. Each rank measures its share of the chats, longest first.
+        A token has at least one byte. So a chat with fewer bytes, template included, than the
+        longest chat has tokens cannot be the longest and is not measured.
         """
         most = getattr(self.args, flag)
         room = self.context_length - responses * most  # tokens of a prompt
@@ -179,7 +183,7 @@ class Rollouts:
         )
 
     def check_model(self) -> PreTrainedModel:
-        """The model without weights, checked as far as that goes: for --dry_run."""
+        """The model without weights, for --dry_run, checked as far as that is possible."""
         lm = empty_lm(self.args.model)
         setup = self.args.setup
         check_architecture(
@@ -198,7 +202,8 @@ class Rollouts:
         return chat_ids(self.tokenizer, messages, self.args.thinking)
 
     def as_text(self, text: str) -> str:
-        """What a model or checker wrote, for another prompt: its control tokens become text."""
+        """Text of a model or a checker for use in a prompt: its control tokens become plain text.
+        """
         return as_text(self.tokenizer, text)
 
     def sample(self, step: int) -> Batch:
@@ -223,37 +228,40 @@ class Rollouts:
 
     def teacher_accuracy(self, teacher: Policy, policy: Policy, batch: Batch,
                          prompts: list[list[int]], has_context: Tensor) -> dict[str, list[float]]:
-        """Rewards of the teacher that answers from its own prompts, one response each.
+        """Rewards of the teacher's answers to its own prompts, one response per prompt.
 
-        Only prompts with a context count that leave room for a response. The sampler ends with the
-        policy's weights.
+        Prompts without a context, or without room for a response, are left out. The sampler ends
+        with the policy's weights. A collective.
         """
-        problems = [group.problem for group in batch.groups for _ in group.rollouts]
-        asked = []
+        problems = []
+        for group in batch.groups:
+            problems += [group.problem] * len(group.rollouts)
+        chosen = []
         for i, prompt in enumerate(prompts):
             fits = len(prompt) + self.args.max_tokens <= self.context_length
             if has_context.flatten()[i] and fits:
-                asked.append(i)
+                chosen.append(i)
         self.run.phase("evaluate")
         self.sampler.load(full_weights(teacher))
-        keys = range(self.run.rank, len(asked) * self.run.world, self.run.world)
+        keys = range(self.run.rank, len(chosen) * self.run.world, self.run.world)
         groups = self.answer(
-            [problems[i] for i in asked], 1, TEACHER, keys, "evaluate",
-            prompts=[prompts[i] for i in asked],
+            [problems[i] for i in chosen], 1, TEACHER, keys, "evaluate",
+            prompts=[prompts[i] for i in chosen],
         )
         self.sampler.load(full_weights(policy))
         return {"teacher/accuracy": [group.verdicts[0].reward for group in groups]}
 
     def answer(self, problems: Sequence[Problem], n: int, stream: int, keys: Sequence[int],
-               phase: str = "", **sampling) -> list[Group]:
+               phase: str = "", prompts: Sequence[list[int]] | None = None,
+               **sampling) -> list[Group]:
         """n responses to each problem with their verdicts.
 
-        stream, keys: name the random numbers, one key per problem (see common/sampler.py).
-        phase: book the time under this name, not under "sample" and "verify".
-        sampling: `prompts`, `max_tokens`, `temperature`, `top_p` if they are not the run's.
+        stream, keys: choose the random numbers, one key per problem (see common/sampler.py).
+        phase: log the time under this name, not under "sample" and "verify".
+        prompts: token ids to answer, if not the chats of the problems.
+        sampling: `max_tokens`, `temperature`, `top_p`, if they differ from the run's.
         """
         args = self.args
-        prompts = sampling.pop("prompts", None)
         if prompts is None:
             prompts = [self.chat_ids(problem.messages) for problem in problems]
         settings = {
@@ -263,8 +271,11 @@ class Rollouts:
         seed = (args.setup.seed, stream)
         sampled = self.sampler.sample(prompts, n, seed=seed, keys=keys, **(settings | sampling))
         self.run.phase(phase or "verify")
-        repeated = [problem for problem in problems for _ in range(n)]
-        verdicts = self.verifier(repeated, [o.text for rollouts in sampled for o in rollouts])
+        repeated, texts = [], []
+        for problem, rollouts in zip(problems, sampled):
+            repeated += [problem] * n
+            texts += [rollout.text for rollout in rollouts]
+        verdicts = self.verifier(repeated, texts)
         groups = []
         for i, (problem, rollouts) in enumerate(zip(problems, sampled)):
             groups.append(Group(problem, rollouts, verdicts[i * n : (i + 1) * n]))
@@ -276,16 +287,17 @@ class Rollouts:
         self.verifier.close()
 
 
-ROUNDING = {"cuda": 0.2, "cpu": 0.01}  # nats per token, in the mean: what bf16 and fp32 may cause
+ROUNDING = {"cuda": 0.2, "cpu": 0.01}  # nats per token, mean: what rounding (bf16, fp32) may cause
 
 
 def first_sync(sampler, policy: Policy, prompt: list[int]) -> None:
-    """Give the sampler its first weights and check that it has become the policy. A collective.
+    """Give the sampler its first weights and check that it computes the policy's probabilities.
+    A collective.
 
     An engine silently skips weights that it does not know. Raises SystemExit if the
     log-probabilities of a few samples are not the policy's.
     """
-    sampler.sleep()  # what `load` does not bring is missing, as after every update
+    sampler.sleep()  # drops the weights, as after every update: those that `load` omits are missing
     sampler.load(full_weights(policy))
     rollouts = sampler.sample([prompt], 4, seed=(0,), keys=[0], max_tokens=16)[0]
     responses = [rollout.response_ids for rollout in rollouts]
@@ -312,14 +324,15 @@ def model_context(path: str) -> float:
 
 
 def heldout_metrics(groups: list[Group]) -> dict:
-    return {
-        "heldout/pass@1": [verdict.reward for group in groups for verdict in group.verdicts],
-        "heldout/length": [len(o.response_ids) for group in groups for o in group.rollouts],
-    }
+    rewards, lengths = [], []
+    for group in groups:
+        rewards += [verdict.reward for verdict in group.verdicts]
+        lengths += [len(rollout.response_ids) for rollout in group.rollouts]
+    return {"heldout/pass@1": rewards, "heldout/length": lengths}
 
 
 def check_fits(prompts: list[list[int]], batch: Batch, rollouts: Rollouts) -> None:
-    """Exit if a teacher's prompt and a response exceed the context: nothing is cut silently."""
+    """Exit if a teacher's prompt and its response exceed the context: nothing is cut silently."""
     for prompt, response in zip(prompts, batch.responses):
         length = len(prompt) + len(response)
         require(

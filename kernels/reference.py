@@ -1,7 +1,7 @@
 """What kernels/head.py computes, with full logits and autograd: the page to read first.
 
-Short and slow on purpose: logits of 8,192 tokens and 152k entries take 5 GB each. For reading, for
-doctests, and as a second oracle in the tests.
+Short and slow on purpose: the logits of 8,192 tokens and 152k entries take 5 GB per model. It is
+for reading, for doctests, and a second oracle in the tests.
 """
 from __future__ import annotations
 
@@ -12,23 +12,41 @@ from kernels.divergence import Divergence, Pair
 from kernels.head import TokenStats
 
 
-def token_stats(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor,
-                teacher_head: Tensor, divergence: Divergence,
-                temperature: float = 1.0) -> TokenStats:
-    """TokenStats of targets [T] from hidden states [T, D] and heads [V, D] of both models."""
-    log_p = (hidden @ head.T / temperature).log_softmax(-1)  # student, [T, V]
-    log_q = (teacher_hidden @ teacher_head.T / temperature).log_softmax(-1).detach()  # teacher
+def token_stats(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    divergence: Divergence,
+    temperature: float = 1.0,
+) -> TokenStats:
+    """TokenStats of targets [T] from hidden states [T, D] and heads [V, D] of both models.
+
+    Differentiable in hidden and head.
+    """
+    logits = hidden @ head.T / temperature  # [T, V]
+    teacher_logits = teacher_hidden @ teacher_head.T / temperature
+    log_p = logits.log_softmax(-1)
+    log_q = teacher_logits.log_softmax(-1).detach()
     p, q = log_p.exp(), log_q.exp()
-    logp = log_p.gather(-1, targets[:, None])[:, 0]
-    teacher_logp = log_q.gather(-1, targets[:, None])[:, 0]
+    y = targets[:, None]
+    logp = log_p.gather(-1, y)[:, 0]
+    teacher_logp = log_q.gather(-1, y)[:, 0]
+    greedy = teacher_logp == log_q.amax(-1)
     return TokenStats(
         logp=logp,
-        entropy=-torch.xlogy(p, p).sum(-1),
+        entropy=entropy(p),
         teacher_logp=teacher_logp,
-        teacher_entropy=-torch.xlogy(q, q).sum(-1),
-        teacher_greedy=(teacher_logp == log_q.amax(-1)).to(logp.dtype),
+        teacher_entropy=entropy(q),
+        teacher_greedy=greedy.to(logp.dtype),
         kl=divergence_of(divergence, p, q),
     )
+
+
+def entropy(p: Tensor) -> Tensor:
+    """H(p) = −Σ_j p_j log p_j, [T, V] → [T]."""
+    return -torch.xlogy(p, p).sum(-1)
 
 
 def divergence_of(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
@@ -43,7 +61,9 @@ def divergence_of(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
         p, q = top_k(divergence, p, q)
     beta = divergence.beta
     if callable(divergence.kind):
-        value, _ = divergence.kind(Pair(p, q, q.log() - p.log(), q - p), divergence)
+        x = q.log() - p.log()
+        pair = Pair(p, q, x, gap=q - p)
+        value, _ = divergence.kind(pair, divergence)
         return value.sum(-1)
     if divergence.kind == "mixed_kl":
         return beta * kl(p, q) + (1 - beta) * kl(q, p)
@@ -53,7 +73,8 @@ def divergence_of(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
     if divergence.kind == "reverse_kl" or (divergence.kind == "jsd" and beta == 1):
         return kl(p, q)
     if divergence.clip is not None:  # OPSD: each entry's summand is bounded
-        return summands(q, p).clamp(max=divergence.clip).sum(-1)
+        bounded = summands(q, p).clamp(max=divergence.clip)
+        return bounded.sum(-1)
     return kl(q, p)
 
 
@@ -63,18 +84,23 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def summands(a: Tensor, b: Tensor) -> Tensor:
+    """a_j (log a_j − log b_j), [T, V]; 0 if a_j = 0."""
     return torch.xlogy(a, a) - torch.xlogy(a, b)
 
 
 def top_k(divergence: Divergence, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Both distributions over the K likeliest entries, with a tail or renormalised."""
+    """p and q over the K likeliest entries: with a tail [T, K + 1], or renormalised [T, K]."""
     likeliest_to = p if divergence.support == "student" else q
     k = min(divergence.top_k, p.shape[-1])
     index = likeliest_to.topk(k).indices
-    p, q = p.gather(-1, index), q.gather(-1, index)  # [T, K]
+    p = p.gather(-1, index)  # [T, K]
+    q = q.gather(-1, index)
+    p_mass = p.sum(-1, keepdim=True)
+    q_mass = q.sum(-1, keepdim=True)
     if not divergence.tail:
-        return p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    if k == likeliest_to.shape[-1]:
+        return p / p_mass, q / q_mass
+    if k == likeliest_to.shape[-1]:  # no entry is left for a tail
         return p, q
-    with_tail = [torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q)]  # [T, K + 1]
-    return with_tail[0], with_tail[1]
+    p = torch.cat([p, 1 - p_mass], -1)  # [T, K + 1]
+    q = torch.cat([q, 1 - q_mass], -1)
+    return p, q

@@ -718,7 +718,7 @@ def test_mistakes_are_named():
     rejects("support", *c[:5], divergence=Divergence(top_k=3, support="both"))
     with pytest.raises(ValueError, match="no teacher"):
         head_loss(lambda token, _: token.kl, *c[:3], None)
-    with pytest.raises(ValueError, match="one loss a token"):
+    with pytest.raises(ValueError, match="one loss per token"):
         head_loss(lambda token, _: token.logp.sum(), *c[:3], None)
 
 

@@ -156,10 +156,10 @@ def module_parameters():
     ("grpo", ["--share_prompts", "--checkpointing"], "choose one"),
     ("rlsd", ["--dual_clip", "0.5"], "--dual_clip 0.5 must be above 1"),
     ("sdpo", ["--adv_clip", "5", "--granularity", "sampled"], "with --granularity logit or token"),
-    ("sdpo", ["--kl", "jsd", "--granularity", "sequence"], "--granularity sequence is of the reverse KL: add --kl reverse"),
+    ("sdpo", ["--kl", "jsd", "--granularity", "sequence"], "--granularity sequence needs the reverse KL: add --kl reverse"),
     ("sdpo", ["--max_tokens", "600"], "2 × --max_tokens 600 can exceed"),
     ("hsd", ["--entry_clip", "0.1", "--kl", "jsd"], "--entry_clip bounds the entries of --kl forward"),
-    ("hsd", ["--max_tokens", "980"], "--max_tokens 980 can exceed the model's context of 1024 (with what the teacher sees)"),
+    ("hsd", ["--max_tokens", "980"], "--max_tokens 980 can exceed the model's context of 1024 (with the teacher's context)"),
 ])
 def test_settings_that_cannot_work_are_refused_in_one_line(name, flags, words, monkeypatch):
     vllm(monkeypatch, there=True)
