@@ -63,10 +63,17 @@ def assert_same_run(a, b, step: int) -> None:
     assert all(torch.equal(wa[n], wb[n]) for n in wa)
 
 
+def assert_same_report(a, b) -> None:
+    """What the report is made of, beside the metrics."""
+    assert (a / "heldout.jsonl").read_text() == (b / "heldout.jsonl").read_text()
+    first_examples = [(run / "example.jsonl").read_text().splitlines()[0] for run in (a, b)]
+    assert first_examples[0] == first_examples[1]
+
+
 def test_a_run_leaves_what_the_readme_promises(tmp_path):
     run_grpo(tmp_path, "--steps", "2", "--name", "r", "--track", "tensorboard")
     run = tmp_path / "r"
-    promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints"}
+    promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints", "report.html"}
     assert {p.name for p in run.iterdir()} >= promised
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG") and list((run / "tensorboard").iterdir())
     assert json.loads((run / "args.json").read_text())["steps"] == 2
@@ -98,6 +105,7 @@ def test_six_steps_are_three_and_a_resume_and_three_bitwise(flags, tmp_path):
         run_grpo(tmp_path, "--steps", "3", "--name", "parts")
     run_grpo(tmp_path, "--steps", "6", "--name", "parts", "--resume", "auto", *flags)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
+    assert_same_report(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_six_steps_are_three_and_a_resume_and_three_bitwise_in_two_processes(tmp_path):
@@ -107,6 +115,7 @@ def test_six_steps_are_three_and_a_resume_and_three_bitwise_in_two_processes(tmp
     resume = [*flags, "parts", "--resume", "auto"]
     finish(launch(2, tmp_path / "log", grpo_in_a_rank, resume), tmp_path / "log")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
+    assert_same_report(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_kill_in_the_middle_of_a_checkpoint_resumes_from_the_previous_one(tmp_path):
