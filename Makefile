@@ -17,7 +17,7 @@ check: .venv/.test
 
 test: .venv/.test
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -q -n 2 --ignore tests/vllm tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/vllm tests
 
 test-vllm: .venv-vllm/.test
 	.venv-vllm/bin/python -m pytest -q tests/vllm

@@ -186,7 +186,8 @@ def settings_of(path: str, known: dict, args: Args) -> grpo.Args:
 def one_process() -> SimpleNamespace:
     """What Rollouts needs of a run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return SimpleNamespace(rank=0, world=1, device=device, phase=lambda name: None)
+    ignore = lambda what: None
+    return SimpleNamespace(rank=0, world=1, device=device, phase=ignore, collect=ignore)
 
 
 def mixed_groups(rollouts: Rollouts, args: Args) -> Batch:

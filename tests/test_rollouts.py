@@ -96,9 +96,8 @@ def test_a_teachers_prompt_that_does_not_fit_ends_the_run(batch):
 # the embedded model
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture
-def make(one_process, monkeypatch):
+def make(one_process):
     """make(rank, world): the Rollouts of one of several ranks, synced with a policy."""
-    monkeypatch.setattr("common.tasks.chain.SIZE", 64)
     policy = load_policy(CHAIN, CPU, Setup())
     made = []
 
@@ -106,7 +105,8 @@ def make(one_process, monkeypatch):
         phases = []
         kept = []
         run = SimpleNamespace(rank=rank, world=world, device=CPU, phase=phases.append, phases=phases, step=7,
-                              folder=Path("run"), writing=lambda path: nullcontext(), kept=kept,
+                              collect=lambda metrics: None, folder=Path("run"), kept=kept,
+                              writing=lambda path: nullcontext(),
                               append=lambda name, rows: kept.append((name, rows)))
         rollouts = Rollouts(parse(grpo.Args, grpo.presets, SMALL), run)
         rollouts.sync(policy)
@@ -186,7 +186,7 @@ def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):
     has_context[1:3, :2] = True
     prompts = list(batch.prompts)
     prompts[3] = [5] * rollouts.context_length  # of question 1: no room for a response
-    teacher = frozen_copy(policy, CHAIN, CPU)
+    teacher = frozen_copy(policy, CPU)
     with torch.no_grad():
         for p in policy.parameters():
             p.to_local().add_(0.05 * torch.randn_like(p.to_local()))
