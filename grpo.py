@@ -48,7 +48,7 @@ from kernels.head import TokenStats
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    """GRPO. Defaults: DeepSeekMath §4.2 where the paper gives a value."""
+    """GRPO. Defaults: the values that DeepSeekMath §4.2 gives."""
 
     model: str = "deepseek-ai/deepseek-math-7b-instruct"  # folder or hub id; also the reference
     task: str = "gsm8k"  # see common/tasks; a mixture is 4*gsm8k+1*mbpp
@@ -95,7 +95,7 @@ VARIANTS = {  # what belongs to each formula; for DAPO also the settings of its 
 DEMO = dict(
     model="assets/chain", task="chain", group_size=8, batch_size=16, minibatches=1, max_tokens=64,
     beta=0.0, share_prompts=True, lr=1e-4, warmup=0, steps=80,
-    setup=Setup(eval_every=10, eval_samples=2, save_every=40),
+    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
 )
 
 
@@ -212,7 +212,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=int(args.beta > 0))
     policy = load_policy(args.model, run.device, args.setup, args.share_prompts)
-    reference = frozen_copy(policy, args.model, run.device) if args.beta > 0 else None
+    reference = frozen_copy(policy, run.device) if args.beta > 0 else None
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts)
     budget = args.setup.token_budget
@@ -279,7 +279,8 @@ def check(args: Args) -> None:
     )
     require(
         not (args.share_prompts and args.setup.checkpointing),
-        "--share_prompts keeps keys and values, which --checkpointing drops: choose one",
+        "--share_prompts keeps keys and values, which --checkpointing drops: add "
+        "--no-checkpointing",
     )
 
 

@@ -94,7 +94,7 @@ class Args:
 DEMO = dict(
     model="assets/chain", task="chain", group_size=8, batch_size=16, max_tokens=64, beta=0.0,
     lr=3e-4, steps=60, teacher="frozen",
-    setup=Setup(eval_every=10, eval_samples=2, save_every=40),
+    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
 )
 
 
@@ -264,8 +264,8 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=(args.teacher != "live") + (args.beta > 0))
     policy = load_policy(args.model, run.device, args.setup)
-    teacher = policy if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
-    reference = frozen_copy(policy, args.model, run.device) if args.beta > 0 else None
+    teacher = policy if args.teacher == "live" else frozen_copy(policy, run.device)
+    reference = frozen_copy(policy, run.device) if args.beta > 0 else None
     optimizer = make_optimizer(policy, args, betas=(0.9, 0.95))
     run.resume(policy, optimizer, rollouts, teacher, moving=args.teacher == "ema")
     budget = args.setup.token_budget
@@ -309,6 +309,7 @@ def main(args: Args) -> None:
         run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
         if args.teacher == "ema":
             ema_update(teacher, policy, args.teacher_rate)
+        teacher.reshard()  # to be read, its embeddings and head were gathered
 
         rollouts.sync(policy)
         run.collect(where_credit_is(batch, has_context, peers, credits))
@@ -326,7 +327,7 @@ def check(rollouts: Rollouts, args: Args) -> None:
         "--group_size 1: a group of one has no peers and no advantages; raise it, or take "
         "--context answer with --grpo_mix 0",
     )
-    chats = [teacher_chat(problem, None, args) for problem in rollouts.task.train]
+    chats = [teacher_chat(problem, None, args) for problem in rollouts.task.at_hand]
     rollouts.check_lengths(chats, why=" (with the teacher's context)")
 
 

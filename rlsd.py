@@ -92,7 +92,8 @@ class Args:
 
 DEMO = dict(
     model="assets/chain", task="chain", group_size=8, batch_size=16, max_tokens=64, lr=1e-4,
-    steps=80, setup=Setup(eval_every=10, eval_samples=2, save_every=40),
+    steps=80,
+    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
 )
 
 
@@ -231,7 +232,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=int(args.lam > 0))
     policy = load_policy(args.model, run.device, args.setup)
-    teacher = frozen_copy(policy, args.model, run.device) if args.lam > 0 else None
+    teacher = frozen_copy(policy, run.device) if args.lam > 0 else None
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts, teacher=teacher)
     budget = args.setup.token_budget
@@ -291,7 +292,7 @@ def check(rollouts: Rollouts, args: Args) -> None:
         f"--dual_clip {args.dual_clip} must be above 1; 0 switches it off",
     )
     if args.lam > 0:  # exits here if a problem has no hint, or one that is too long
-        rollouts.check_lengths([teacher_chat(problem, args) for problem in rollouts.task.train])
+        rollouts.check_lengths([teacher_chat(problem, args) for problem in rollouts.task.at_hand])
 
 
 # --------------------------------------------------------------------------------------------------

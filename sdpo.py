@@ -97,7 +97,8 @@ class Args:
 
 DEMO = dict(
     model="assets/chain", task="chain", kl="reverse", group_size=8, batch_size=16, max_tokens=64,
-    lr=1e-4, warmup=0, steps=60, setup=Setup(eval_every=10, eval_samples=2, save_every=40),
+    lr=1e-4, warmup=0, steps=60,
+    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
 )
 
 
@@ -278,7 +279,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=int(args.teacher != "live"))
     policy = load_policy(args.model, run.device, args.setup)
-    slow = policy if args.teacher == "live" else frozen_copy(policy, args.model, run.device)
+    slow = policy if args.teacher == "live" else frozen_copy(policy, run.device)
     teachers, mix = teacher_models(slow, policy, args)
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts, slow, moving=args.teacher == "ema")
@@ -324,7 +325,7 @@ def main(args: Args) -> None:
             run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
         if args.teacher == "ema":  # once per step, after all its updates, as released
             ema_update(slow, policy, args.teacher_rate)
-
+        slow.reshard()  # to be read, its embeddings and head were gathered
         rollouts.sync(policy)
         if step % args.setup.eval_every == 0:
             run.collect(rollouts.teacher_accuracy(slow, policy, batch, hinted, has_context))
@@ -356,7 +357,7 @@ def check(rollouts: Rollouts, args: Args) -> None:
         "or take --context either",
     )
     if args.context != "feedback":
-        chats = [teacher_chat(problem, "", None, args) for problem in rollouts.task.train]
+        chats = [teacher_chat(problem, "", None, args) for problem in rollouts.task.at_hand]
         why = " (the teacher reads a sibling's response before the student's)"
         rollouts.check_lengths(chats, responses=2, why=why)
 

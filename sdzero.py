@@ -54,7 +54,7 @@ from common.rollouts import Batch, Rollouts, check_fits, heldout_metrics
 from common.run import Run
 from common.settings import Flat, Setup, parse
 from common.sampler import Rollout
-from common.tasks import Problem, in_hash_order, take
+from common.tasks import Problem, first_different, take
 from kernels.head import Divergence, TokenStats
 
 
@@ -111,7 +111,9 @@ DEMO = dict(
     model="assets/chain", task="chain", srt_questions=1024, kept_traces=1500, wrong_share=0.5,
     srt_max_tokens=64, srt_temperature=1.0, srt_batch=32, srt_lr=3e-4, srt_epochs=1,
     sd_questions=2560, batch_size=64, max_tokens=192, lr=1e-4, warmup=5, mean="token",
-    setup=Setup(heldout=256, eval_every=16, save_every=64),
+    setup=Setup(
+        checkpointing=False, sampler_rows=128, heldout=256, eval_every=16, save_every=64,
+    ),
 )
 BASELINES = {
     "": {},
@@ -406,7 +408,7 @@ def main(args: Args) -> None:
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=1)
     policy = load_policy(args.model, run.device, args.setup)
-    teacher = frozen_copy(policy, args.model, run.device)  # becomes θ_SRT when phase 2 begins
+    teacher = frozen_copy(policy, run.device)  # becomes θ_SRT when phase 2 begins
     optimizer = make_optimizer(
         policy, args, betas=(0.9, 0.95), weight_decay=args.srt_weight_decay
     )
@@ -431,7 +433,7 @@ def main(args: Args) -> None:
 
     if run.first_step <= updates:  # phase 2 begins: not resumed within phase 2
         optimizer = make_optimizer(policy, args, betas=(0.9, 0.999))
-        run.track(optimizer)
+        run.optimizer = optimizer  # what checkpoints hold from here on
     if args.phase != "srt":
         distil(run, rollouts, policy, teacher, optimizer, sd_problems, updates, args)
     if not run.stopping:
@@ -505,6 +507,7 @@ def distil(run: Run, rollouts: Rollouts, policy: Policy, teacher: Policy, optimi
             run.collect(diagnostics(stats, micro.per_token(batch.rewards), sampler_logp))
         lr = args.lr * warm_up(step - updates, args.warmup)
         run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
+        teacher.reshard()  # to be read, its embeddings and head were gathered
 
         rollouts.sync(policy)
         run.collect(cost(batch, run.world) | {"phase": [2]})
@@ -536,11 +539,10 @@ def check(args: Args, world: int) -> None:
 
 def split_questions(train: list[Problem], args: Args) -> tuple[list[Problem], list[Problem]]:
     """The questions of phase 1 and of phase 2: disjoint, also when each phase runs alone."""
-    different = {problem.id: problem for problem in train}  # a mixture repeats its smaller parts
-    ordered = in_hash_order(list(different.values()))
     wanted = args.srt_questions
     if args.phase != "srt":
         wanted += args.sd_questions
+    ordered = first_different(train, wanted)  # a mixture repeats its smaller parts
     require(
         wanted <= len(ordered),
         f"the phases take {wanted:,} different questions and there are {len(ordered):,}: lower "

@@ -58,7 +58,7 @@ class Args(sdpo.Args):
 
 DEMO = sdpo.DEMO | dict(
     task="chain:14", group_size=16, batch_size=1, max_tokens=192, questions=4, seeds=1, budget=256,
-    setup=Setup(heldout=64),
+    setup=Setup(checkpointing=False, sampler_rows=128, heldout=64),
 )
 
 
@@ -74,10 +74,10 @@ class Learner:
     def __init__(self, args: Args, run: Run, rollouts: Rollouts):
         self.args, self.run, self.rollouts = args, run, rollouts
         self.policy = load_policy(args.model, run.device, args.setup)
-        self.start = frozen_copy(self.policy, args.model, run.device)
+        self.start = frozen_copy(self.policy, run.device)
         self.slow = self.policy
         if args.teacher != "live":
-            self.slow = frozen_copy(self.policy, args.model, run.device)
+            self.slow = frozen_copy(self.policy, run.device)
         self.optimizer = make_optimizer(self.policy, args)
         rollouts.sync(self.policy)
 

@@ -1,15 +1,19 @@
-"""Memory of a training process: what is measured on a CPU, and what arithmetic says of larger models and GPUs.
+"""Memory: what is counted of large models on GPUs, and what was measured of a small one on a CPU.
 
-    python benchmarks/memory.py --model SMOLLM2 --data_dir DATA       # peak resident memory, five minutes on two CPU cores
-    python benchmarks/memory.py --fits                                # the table of docs/memory.md, by arithmetic alone
+    python benchmarks/memory.py --count                               # counted: no weights, no GPU; needs g++
+    python benchmarks/memory.py --model SMOLLM2 --data_dir DATA       # measured: peak resident memory on a CPU
 
-Measured: two steps of hsd.py with a frozen teacher on a small batch, for each setting in RUNS in a process of its own:
-its peak resident memory before the first checkpoint. Beside it the arithmetic for the same setting: 4 bytes a parameter
-for the policy, 4 for its gradient, 8 for the moments, 4 for the teacher, 4 for the sampler's copy (fp32 on a CPU),
-without activations, code and libraries. Writes results/memory/NAME.{json,md}.
+Counted, into results/memory/counted.json: the bytes that autograd keeps per token and layer (saved-tensor hooks); the bytes
+that are alive in an update over pretended ranks (tests/cuda/live.py), beside the sum that --dry_run makes
+(common/memory.py); and which settings fit which GPUs by that sum. Both are counted with 3 and with 4 layers and continued: all
+layers are the same, so bytes are linear in their number. One case is counted with 8 layers too and held against that.
+
+Measured, into results/memory/NAME.{json,md}: two steps of hsd.py with a frozen teacher on a small batch, for each setting in
+RUNS in a process of its own, its peak resident memory before the first checkpoint. Beside it the part that is arithmetic.
 """
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -17,28 +21,37 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from common import memory
+from common.architecture import empty_lm
+from common.memory import activations as run_without_data
+from common.policy import Policy, add_adapters
 from common.tasks import load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 RUNS = {
-    "all weights": [],
+    "all weights": ["--no-checkpointing"],
     "all weights, checkpointing": ["--checkpointing"],
-    "LoRA of rank 16": ["--lora_rank", "16"],
+    "LoRA of rank 16": ["--lora_rank", "16", "--no-checkpointing"],
     "LoRA of rank 16, checkpointing": ["--lora_rank", "16", "--checkpointing"],
 }
 
 
 @dataclass
 class Args:
+    count: bool = False
+    """count, and measure nothing"""
     model: str = ""
     """folder of the model that is measured"""
     data_dir: str = ""
@@ -47,101 +60,194 @@ class Args:
     """of the result files"""
     rounds: int = 1
     """runs of each setting"""
-    fits: bool = False
-    """print the table of docs/memory.md instead"""
 
 
-class Shape(NamedTuple):
-    """Of a dense decoder, as its config.json says."""
-
-    layers: int
-    width: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-
-    @property
-    def linear(self) -> list[tuple[int, int]]:
-        """[in, out] of the linear layers of a decoder layer."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return [(self.width, q), (self.width, kv), (self.width, kv), (q, self.width),
-                (self.width, self.inner), (self.width, self.inner), (self.inner, self.width)]
-
-    @property
-    def layer(self) -> int:
-        return sum(a * b for a, b in self.linear)
-
-    @property
-    def root(self) -> int:
-        """Parameters outside the layers: embeddings and head."""
-        return self.vocab * self.width * (1 if self.tied else 2)
-
-    @property
-    def parameters(self) -> int:
-        return self.layers * self.layer + self.root
-
-    def adapters(self, rank: int) -> int:
-        return self.layers * sum(rank * (a + b) for a, b in self.linear)
+# ---------------------------------------------------------------------------------------------------------------------
+# counted: the Qwen3 models by their published shapes
+# ---------------------------------------------------------------------------------------------------------------------
+QWEN3 = {  # layers, width, width within the MLP, heads, whether the head is the embedding
+    "0.6B": (28, 1024, 3072, 16, True), "1.7B": (28, 2048, 6144, 16, True), "4B": (36, 2560, 9728, 32, True),
+    "8B": (36, 4096, 12288, 32, False), "14B": (40, 5120, 17408, 40, False), "32B": (64, 5120, 25600, 64, False),
+}
 
 
-def states(model: Shape, *, rank: int = 0, moments: int = 8, copies: int = 0, base: int = 4) -> int:
-    """Bytes of weights, gradients, moments and `copies` of teachers and references. base: bytes of a frozen weight."""
+def config_of(name: str, layers: int = 0) -> Qwen3Config:
+    depth, width, inner, heads, tied = QWEN3[name]
+    return Qwen3Config(
+        num_hidden_layers=layers or depth, hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=tied, max_position_embeddings=40960,
+    )
+
+
+def lm_of(name: str, layers: int = 0) -> PreTrainedModel:
+    """Without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_of(name, layers))
+
+
+def linear(three: dict | tuple, four: dict | tuple, layers: int):
+    """What was counted with 3 and with 4 layers, with `layers`."""
+    if isinstance(three, dict):
+        return {key: linear(three[key], four[key], layers) for key in three}
+    if isinstance(three, tuple):
+        make = getattr(three, "_make", tuple)
+        return make(linear(a, b, layers) for a, b in zip(three, four))
+    return three + (layers - 3) * (four - three)
+
+
+def kept(name: str, layers: int, tokens: int) -> int:
+    """Bytes of the tensors that autograd keeps of `tokens` tokens, weights apart, by saved-tensor hooks."""
+    lm = lm_of(name, layers).bfloat16()
+    weights = {p.untyped_storage()._cdata for p in lm.parameters()}
+    storages = {}  # by identity: a view keeps the whole
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            storages[storage._cdata] = storage
+        return x
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with memory.flash_attention(), memory.Ledger("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        lm.base_model(input_ids=ids, use_cache=False)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def kept_per_token(name: str) -> dict:
+    """Per token and layer, with and without checkpointing."""
+    tokens = 4096
+    whole = (kept(name, 4, tokens) - kept(name, 3, tokens)) / tokens
+    inputs = [memory.activations(lm_of(name, layers), memory.Load(tokens, tokens, 1, 0, False, True))[0] for layers in (3, 4)]
+    width = QWEN3[name][1]
+    return {"all": whole, "all_per_width": round(whole / width, 1), "checkpointing": (inputs[1] - inputs[0]) / tokens}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# counted: whole updates, beside the sum
+# ---------------------------------------------------------------------------------------------------------------------
+BASE = dict(ranks=8, tokens=16384, longest=8192, copies=1, teacher=True, checkpointing=True)
+CASES = [
+    *({"model": name} | BASE for name in QWEN3),
+    {"model": "8B"} | BASE | {"checkpointing": False},
+    {"model": "8B"} | BASE | {"copies": 0},
+    {"model": "8B"} | BASE | {"lora_rank": 32},
+    {"model": "32B"} | BASE | {"ranks": 32},
+    {"model": "0.6B"} | BASE | {"ranks": 1, "tokens": 4096, "longest": 2048, "copies": 0, "teacher": False},
+    {"model": "4B"} | BASE | {"ranks": 1, "tokens": 4096, "longest": 2048, "lora_rank": 32, "copies": 0, "teacher": False},
+    {"model": "8B"} | BASE | {"ranks": 1, "lora_rank": 32},
+]
+
+
+@cache
+def activations(model: str, layers: int, rank: int, tokens: int, longest: int, checkpointing: bool) -> tuple[int, int]:
+    return run_without_data(adapted(model, layers, rank), memory.Load(tokens, longest, 1, 0, False, checkpointing))
+
+
+def adapted(model: str, layers: int, rank: int) -> PreTrainedModel:
+    lm = lm_of(model, layers)
     if rank:
-        return base * model.parameters + (4 + 4 + moments + 4 * copies) * model.adapters(rank)
-    return (4 + 4 + moments + 4 * copies) * model.parameters
+        add_adapters(Policy(lm), rank, 32.0)
+    return lm
+
+
+def summed(case: dict) -> memory.Count:
+    """The sum of common/memory.py, with all layers."""
+    names = ("tokens", "longest", "copies", "teacher", "checkpointing", "rows", "sampled", "vllm", "tensor_parallel")
+    load = memory.Load(shards=case["ranks"], **{name: case[name] for name in names if name in case})
+    model, rank = case["model"], case.get("lora_rank", 0)
+    few = []
+    for layers in (3, 4):
+        kept = activations(model, layers, rank, load.tokens, load.longest, load.checkpointing)
+        few.append(memory.count(adapted(model, layers, rank), load, kept))
+    return linear(*few, QWEN3[model][0])
+
+
+def live(cases: list[dict]) -> list[dict]:
+    """Bytes at most in the phases of an update of each case, on pretended ranks."""
+    command = [sys.executable, "tests/cuda/live.py", *map(json.dumps, cases)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return [json.loads(row) for row in done.stdout.splitlines() if row.startswith("{")]
+
+
+def updates() -> list[dict]:
+    eight = {"model": "0.6B", "layers": 8} | BASE
+    counted = live([eight, *(case | {"layers": layers} for case in CASES for layers in (3, 4))])
+    rows = []
+    for case, three, four in zip(CASES, counted[1::2], counted[2::2]):
+        layers = QWEN3[case["model"]][0]
+        phases = linear(three, four, layers)
+        if case | {"layers": 8} == eight:
+            assert linear(three, four, 8) == counted[0], (three, four, counted[0])
+        c = summed(case)
+        by_sum = c.weights + c.copies + c.update
+        rows.append(case | {"live_gib": {name: round(size / GIB, 2) for name, size in phases.items()},
+                            "peak_gib": round(max(phases.values()) / GIB, 2), "sum_gib": round(by_sum / GIB, 2)})
+        print(rows[-1], flush=True)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# arithmetic: which settings fit
+# counted: which settings fit
 # ---------------------------------------------------------------------------------------------------------------------
-QWEN3 = {
-    "0.6B": Shape(28, 1024, 3072, 16, 8, 128, 151936, True), "1.7B": Shape(28, 2048, 6144, 16, 8, 128, 151936, True),
-    "4B": Shape(36, 2560, 9728, 32, 8, 128, 151936, True), "8B": Shape(36, 4096, 12288, 32, 8, 128, 151936, False),
-    "14B": Shape(40, 5120, 17408, 40, 8, 128, 151936, False), "32B": Shape(64, 5120, 25600, 64, 8, 128, 151936, False),
+MACHINES = {"1 × 24 GB": (1, 24), "1 × 80 GB": (1, 80), "8 × 80 GB": (8, 80), "8 × 141 GB": (8, 141)}
+STATES = {"": {}, "--lora_rank 32": {"lora_rank": 32}}
+BATCHES = {  # from the defaults down
+    "": {"tokens": 16384, "share": 0.6},
+    "--token_budget 8192 --vllm_memory 0.4": {"tokens": 8192, "share": 0.4},
+    "--token_budget 4096 --vllm_memory 0.3": {"tokens": 4096, "share": 0.3},
 }
-MACHINES = {"1 × 24 GB": (1, 24e9), "1 × 80 GB": (1, 80e9), "8 × 80 GB": (8, 80e9), "8 × 141 GB": (8, 141e9)}
-STATES = {  # from the least compromise to the most; all with a frozen teacher or a reference beside the policy
-    "": {},
-    "--lora_rank 32": dict(rank=32, base=2),
-}
-BATCHES = {"": dict(), "--sampler_rows 8 --token_budget 4096": dict(rows=8, tokens=4096)}  # the first: 32 and 8192
-LENGTH, ROOM = 4096, 0.9  # prompt and response in tokens; the share of the memory that is planned with
+LENGTH, ROWS = 4608, 8  # tokens of a prompt and response; rows that vLLM must have room for
 
 
-def update_bytes(model: Shape, world: int, state: dict, tokens: int) -> float:
-    """On one GPU during the update, with --checkpointing and the sampler asleep."""
-    gathered = 2 * (model.root + 2 * model.layer)  # bf16: embeddings and head, and two layers at a time
-    activations = 2 * tokens * model.width * model.layers + 34 * tokens * model.width  # layer inputs, and one layer whole
-    head = 2 * 640 * 2**20 + 4 * 1024 * model.vocab * 2  # fp32 logits of policy and teacher, bf16 gradients of four chunks
-    head += 0 if state.get("rank") else 6 * model.vocab * model.width  # the head's gradient in fp32, then in bf16
-    return states(model, copies=1, **state) / world + gathered + activations + head
-
-
-def sampling_bytes(model: Shape, world: int, state: dict, rows: int, shared: int) -> float:
-    """On one GPU while it samples: what stays of the training, and its share of the sampler's bf16 copy and KV cache."""
-    cache = rows * LENGTH * 2 * 2 * model.layers * model.kv_heads * model.head_dim
-    return states(model, copies=1, **state) / world + (2 * model.parameters + cache) / shared
-
-
-def first_that_fits(model: Shape, world: int, memory: float) -> str:
-    for (kept, state), (cut, batch), shared in product(STATES.items(), BATCHES.items(), (1, 8) if world == 8 else (1,)):
-        need = max(update_bytes(model, world, state, batch.get("tokens", 8192)),
-                   sampling_bytes(model, world, state, batch.get("rows", 32), shared))
-        if need < ROOM * memory:
-            flags = " ".join(filter(None, (kept, cut, f"--tensor_parallel {shared}" if shared > 1 else "")))
-            return f"{f'`{flags}`' if flags else 'no further flag'}: {need / 1e9:.0f} GB"
+def first_that_fits(name: str, ranks: int, gib: int) -> str:
+    for (kept_apart, state), (cut, batch), parallel in product(STATES.items(), BATCHES.items(), sorted({1, ranks})):
+        vllm = int(batch["share"] * gib * GIB)
+        case = {"model": name} | BASE | state | {"ranks": ranks, "tokens": batch["tokens"], "longest": batch["tokens"] // 2,
+                                                 "sampled": LENGTH, "vllm": vllm, "tensor_parallel": parallel}
+        c = summed(case)
+        layers = QWEN3[name][0]
+        parameters = linear(*(memory.sizes(lm_of(name, few)).all for few in (3, 4)), layers)
+        cache = ROWS * LENGTH * 2 * 2 * 8 * 128 * layers
+        if c.peak <= memory.ROOM * gib * GIB and vllm * parallel >= 2 * parameters + cache:
+            flags = " ".join(filter(None, (kept_apart, cut, f"--tensor_parallel {parallel}" if parallel > 1 else "")))
+            return f"{f'`{flags}`' if flags else 'as it stands'}: {c.peak / GIB:.0f}"
     return "–"
 
 
-def fits() -> str:
-    lines = ["| model | " + " | ".join(MACHINES) + " |", "|---|" + "---|" * len(MACHINES)]
-    for name, model in QWEN3.items():
-        cells = [first_that_fits(model, *machine) for machine in MACHINES.values()]
-        lines.append(f"| Qwen3-{name} ({model.parameters / 1e9:.2f}B) | " + " | ".join(cells) + " |")
+def fits() -> list[list[str]]:
+    return [[f"Qwen3-{name}", *(first_that_fits(name, *machine) for machine in MACHINES.values())] for name in QWEN3]
+
+
+def tables(result: dict) -> str:
+    """The tables of docs/memory.md."""
+    lines = ["| | all activations kept | per width | `--checkpointing` |", "|---|---|---|---|"]
+    for name, row in result["kept"].items():
+        lines.append(f"| Qwen3-{name} | {row['all']:,.0f} | {row['all_per_width']} | {row['checkpointing']:,.0f} |")
+    lines += ["", "| Qwen3 | GPUs | tokens | | at most, GiB | in which phase | the sum of `--dry_run` |", "|---|---|---|---|---|---|---|"]
+    for row in result["updates"]:
+        told = [f"`--lora_rank {row['lora_rank']}`"] if "lora_rank" in row else []
+        told += [] if row["checkpointing"] else ["`--no-checkpointing`"]
+        told += ["teacher" if row["copies"] else "live teacher"] if row["teacher"] else ["no teacher"]
+        phase = max(row["live_gib"], key=row["live_gib"].get)
+        lines.append(f"| {row['model']} | {row['ranks']} | {row['tokens']:,} | {', '.join(told)} | {row['peak_gib']:.1f} | "
+                     f"{phase} | {row['sum_gib']:.1f} |")
+    lines += ["", "| model | " + " | ".join(MACHINES) + " |", "|---|" + "---|" * len(MACHINES)]
+    lines += ["| " + " | ".join(row) + " |" for row in result["fits"]]
     return "\n".join(lines)
+
+
+def counted() -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    result = {
+        "command": "python benchmarks/memory.py --count", "commit": commit.strip(), "versions": versions,
+        "how": "counted on a CPU, not measured on a GPU",
+        "kept": {name: kept_per_token(name) for name in QWEN3}, "fits": fits(), "updates": updates(),
+    }
+    path = ROOT / "results" / "memory" / "counted.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    path.with_suffix(".md").write_text(f"`{result['command']}`, commit {result['commit']}, {result['how']}.\n\n{tables(result)}\n")
+    print(tables(result))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,36 +271,37 @@ def peak(args: Args, flags: list[str]) -> float:
     return rows[1]["peak_gib"]
 
 
-def shape_of(folder: str) -> Shape:
-    c = json.loads((Path(folder) / "config.json").read_text())
-    head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    return Shape(c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], c["num_attention_heads"],
-                 c["num_key_value_heads"], head_dim, c["vocab_size"], c.get("tie_word_embeddings", False))
+def arithmetic(model: str, rank: int) -> int:
+    """Bytes of weights, gradient, moments, teacher and the sampler's copy, all in fp32."""
+    lm = empty_lm(model)
+    if rank:
+        add_adapters(Policy(lm), rank, 32.0)
+    c = memory.count(lm, memory.Load(64, 64, 1, 1, True, True, rows=1, sampled=64, device="cpu"), (0, 0))
+    return c.weights + c.copies + c.sampler
 
 
 def main(args: Args) -> None:
-    if args.fits:
-        return print(fits())
-    model = shape_of(args.model)
+    if args.count:
+        return counted()
     bare = subprocess.run([sys.executable, "-c", "import hsd, resource; print(resource.getrusage(resource.RUSAGE_SELF)"
                            ".ru_maxrss / 2**20)"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    parameters = sum(p.numel() for p in empty_lm(args.model).parameters())
     rows = {}
     for name, flags in [run for _ in range(args.rounds) for run in RUNS.items()]:
         rank = 16 if "--lora_rank" in flags else 0
         row = rows.setdefault(name, {"flags": " ".join(flags), "peak_gib": []})
-        row["arithmetic_gib"] = (states(model, rank=rank, copies=1) + 4 * model.parameters) / GIB
+        row["arithmetic_gib"] = arithmetic(args.model, rank) / GIB
         row["peak_gib"].append(peak(args, flags))
         print(f"{name:36s} {row['peak_gib'][-1]:.2f} GiB, arithmetic {row['arithmetic_gib']:.2f}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     result = {"command": "python benchmarks/memory.py --model MODEL --data_dir DATA", "commit": commit.strip(),
               "runs": "python hsd.py --model MODEL --task jsonl:32_QUESTIONS_OF_GSM8K " + " ".join(COMMON),
-              "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})", "parameters": model.parameters,
-              "adapters_of_rank_16": model.adapters(16), "code_and_libraries_gib": float(bare),
+              "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})", "parameters": parameters, "code_and_libraries_gib": float(bare),
               "args": {k: v for k, v in asdict(args).items() if k not in ("model", "data_dir")}, "rows": rows}
     path = ROOT / "results" / "memory" / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1))
-    lines = [f"`{result['command']}`, commit {result['commit']}, {result['hardware']}. {model.parameters / 1e6:.0f}M parameters "
+    lines = [f"`{result['command']}`, commit {result['commit']}, {result['hardware']}. {parameters / 1e6:.0f}M parameters "
              f"in fp32, with a frozen teacher and the sampler's copy. Code and libraries alone: {float(bare):.2f} GiB. Each run: "
              f"`{result['runs']}` and the flags of its row.", "",
              "| setting | flags | peak resident memory, GiB (each run) | arithmetic, GiB | peak without arithmetic, code and "

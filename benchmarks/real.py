@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--heldout 4 --eval_every 1000 --lr 1e-6 --warmup 0 --token_budget 2048"
+SMALL = "--no-checkpointing --heldout 4 --eval_every 1000 --lr 1e-6 --warmup 0 --token_budget 2048"
 SDPO = f"{SMALL} --batch_size 1 --group_size 4 --steps 2 --max_tokens 96"
 RUNS = {
     "grpo-gsm8k": f"grpo.py --task gsm8k {SMALL} --batch_size 2 --group_size 8 --steps 4 --beta 0 --max_tokens 160 --share_prompts",

@@ -1,9 +1,12 @@
 """What the algorithm files share."""
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import huggingface_hub as hub
 from huggingface_hub.errors import HFValidationError
+
+TIMEOUT = timedelta(hours=2)  # of collectives: a rank may sample or verify longer than another
 
 
 def require(condition: object, message: str) -> None:

@@ -5,12 +5,17 @@
 """
 from __future__ import annotations
 
+import copy
 import inspect
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,7 +33,7 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import require
+from common import check_hub, require
 
 # Configuration keys of transformations of the logits, and the value that changes nothing.
 TRANSFORMATIONS = {
@@ -44,6 +49,60 @@ RECURRENT = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
+
+
+def read_by_first_rank(path: str, checkpointing: bool, share_prompts: bool) -> PreTrainedModel:
+    """The causal LM at `path`, with its weights on the first rank and without them on the others.
+
+    Raises SystemExit on all ranks if training the model would be wrong.
+    """
+    lm, config, wrong = None, None, ""
+    if dist.get_rank() == 0:
+        try:
+            lm = checked_lm(path, checkpointing, share_prompts)
+            config = lm.config
+        except SystemExit as end:
+            wrong = end.code
+    found = [config, wrong]
+    dist.broadcast_object_list(found)
+    config, wrong = found
+    if wrong:
+        raise SystemExit(wrong)
+    return lm or without_weights(config)
+
+
+def checked_lm(path: str, checkpointing: bool, share_prompts: bool) -> PreTrainedModel:
+    """The causal LM at `path` with its weights; ends the run if training it would be wrong."""
+    check_path(path)
+    lm = load_lm(path)
+    check_architecture(lm, path, checkpointing=checkpointing, share_prompts=share_prompts)
+    check_forward(lm, path)
+    mend_generation_config(lm, path)
+    return lm
+
+
+def check_path(path: str) -> None:
+    """Check early: transformers would treat a missing local path as a hub id and fail later with a
+    confusing error."""
+    require(path.strip(), "--model is empty: give a folder or a hub id")
+    require(not path.startswith("~"), f"--model {path}: the shell left ~ as it is; write it out")
+    folder = Path(path)
+    if folder.exists() or path.startswith((".", "/")) or path.count("/") > 1:
+        require(folder.exists(), f"--model {path}: no such folder")
+        config = folder / "config.json"
+        require(config.exists(), f"--model {path}: no config.json, so no Hugging Face checkpoint")
+        return
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        cached = None
+    if not isinstance(cached, str):
+        check_hub("--model", path, "model", None)
+    try:
+        AutoConfig.from_pretrained(path)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: --model {path}: no folder, nor on the hub: {reason}") from None
 
 
 def load_config(path: str) -> PreTrainedConfig:
@@ -71,8 +130,15 @@ def load_lm(path: str) -> PreTrainedModel:
 def empty_lm(path: str) -> PreTrainedModel:
     """The causal LM at `path` without its weights, for --dry_run."""
     config = load_config(path)
-    with in_words(path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with in_words(path):
+        return without_weights(config)
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal LM of `config` in fp32 and eval mode; all its tensors are on the meta device."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    return lm.eval()
 
 
 @contextmanager
@@ -106,8 +172,8 @@ def check_architecture(lm: PreTrainedModel, path: str, *, sampler: str = "",
     require(only_attends(lm) or not share_prompts, f"--share_prompts: {name} has layers other "
             "than full and sliding attention, which cannot go on from a shared prompt; drop it")
     layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
-    require(layers or not checkpointing, f"--checkpointing: {name} does not support it; drop the "
-            "flag")
+    require(layers or not checkpointing, f"--checkpointing: {name} does not support it; add "
+            "--no-checkpointing")
 
 
 def transformations(lm: PreTrainedModel) -> list[str]:
@@ -220,9 +286,9 @@ def mend_generation_config(lm: PreTrainedModel, path: str) -> None:
                          "config.json or generation_config.json") from None
 
 
-def context_length(lm: PreTrainedModel) -> float:
+def context_length(config: PreTrainedConfig) -> float:
     """How many tokens the model can read; infinite if its configuration does not say."""
-    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def key_value_size(lm: PreTrainedModel) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common import require
-from common.policy import check_path
+from common.architecture import check_path
 from common.tasks import Problem
 from common.verifiers.thoughts import THOUGHTS, open_thought
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,16 +30,19 @@ KEPT = 2  # checkpoints that a run keeps
 def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, teacher, tokenizer,
          trainer: dict, device: torch.device) -> None:
     """Write a checkpoint to `folder` and remove old ones. A collective."""
-    part = folder.with_name(f"tmp-{folder.name}")
+    part, rank = folder.with_name(f"tmp-{folder.name}"), dist.get_rank()
     dcp.save(training_state(policy, optimizer, teacher), checkpoint_id=part / "state")
+    sums: list = [None] * dist.get_world_size()
+    dist.all_gather_object(sums, checksums(part, f"state/__{rank}_*"))  # what each rank wrote
     save_model(policy, part, device)
-    if dist.get_rank() > 0:
+    if rank > 0:
         return
     tokenizer.save_pretrained(part)
     (part / "trainer.json").write_text(json.dumps(trainer, indent=1))
-    files = sorted(file for file in part.rglob("*") if file.is_file())
-    sums = {str(file.relative_to(part)): checksum(file) for file in files}
-    (part / "manifest.json").write_text(json.dumps(sums, indent=1))
+    manifest = checksums(part, "*") | checksums(part, "state/.metadata")
+    for some in sums:
+        manifest |= some
+    (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     for old in sorted(folder.parent.glob("step_*"))[:-KEPT]:
@@ -68,6 +72,14 @@ def training_state(policy: Policy, optimizer: torch.optim.Optimizer, teacher) ->
     if teacher is not None:
         state["teacher"] = teacher.state_dict()
     return state
+
+
+def checksums(folder: Path, pattern: str) -> dict[str, str]:
+    """The sha256 of the files in `folder` that match, by their names there."""
+    files = [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+    with ThreadPoolExecutor(8) as pool:
+        sums = list(pool.map(checksum, files))
+    return {str(file.relative_to(folder)): found for file, found in zip(files, sums)}
 
 
 def checksum(path: Path) -> str:
@@ -112,8 +124,9 @@ def damaged_file(folder: Path, manifest: Path) -> str:
         sums = json.loads(manifest.read_text())
     except ValueError:
         return f"{manifest.name} is not JSON"
+    found = checksums(folder, "**/*")
     for name, expected in sums.items():
-        if not (folder / name).exists() or checksum(folder / name) != expected:
+        if found.get(name) != expected:
             return f"{name} is missing or changed"
     return ""
 

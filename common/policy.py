@@ -14,24 +14,21 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from common import check_hub, require
+from common import TIMEOUT
 from common.architecture import (
-    check_architecture,
-    check_forward,
     enable_checkpointing,
-    load_lm,
-    mend_generation_config,
+    read_by_first_rank,
     saved_buffers,
+    without_weights,
 )
-from common.microbatches import Micro, micro_batches
+from common.microbatches import Ids, Micro, micro_batches
 from kernels.divergence import Divergence
 from kernels.head import TokenStats, head_loss, token_stats
 
@@ -114,9 +111,8 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def score(model: Policy | Adapters | None, prompts: Sequence[list[int]],
-          responses: Sequence[list[int]], budget: int, temperature: float = 1.0,
-          field: str = "logp") -> list[Tensor] | None:
+def score(model: Policy | Adapters | None, prompts: Ids, responses: Ids, budget: int,
+          temperature: float = 1.0, field: str = "logp") -> list[Tensor] | None:
     """A field of TokenStats for every response under `model`, [|o|] each; None if it is None."""
     if model is None:
         return None
@@ -134,21 +130,17 @@ def score(model: Policy | Adapters | None, prompts: Sequence[list[int]],
 # loading and sharding
 # --------------------------------------------------------------------------------------------------
 def load_policy(path: str, device: torch.device, setup, share_prompts: bool = False) -> Policy:
-    """Load the causal LM at `path` in fp32 and shard it over all ranks; CUDA computes in bf16.
+    """Load the causal LM at `path` in fp32 and shard it over the ranks; CUDA computes in bf16.
 
-    setup: `checkpointing`, `lora_rank` and `lora_alpha` of settings.Setup. With LoRA the
+    Only the first rank reads the weights. The other ranks start with a model without weights and
+    get their shards from it, one layer at a time, so the host holds the model once.
+    setup: `checkpointing`, `shard`, `lora_rank` and `lora_alpha` of settings.Setup. With LoRA the
     base is frozen (in bf16 on CUDA) and fp32 adapters are trained on all linear layers but the
     head; they add alpha/rank·B·A to a weight, and B starts at 0.
     share_prompts: whether micro-batches will share prompts.
     Raises SystemExit if there is no such model, or if training it would be wrong.
     """
-    check_path(path)
-    lm = load_lm(path)
-    check_architecture(
-        lm, path, checkpointing=setup.checkpointing, share_prompts=share_prompts
-    )
-    check_forward(lm, path)
-    mend_generation_config(lm, path)
+    lm = read_by_first_rank(path, setup.checkpointing, share_prompts)
     if setup.checkpointing:
         enable_checkpointing(lm)
     policy = Policy(lm)
@@ -157,90 +149,85 @@ def load_policy(path: str, device: torch.device, setup, share_prompts: bool = Fa
         for p in lm.parameters():
             if not p.requires_grad and device.type == "cuda":
                 p.data = p.data.bfloat16()  # as it is computed: only trained weights need more
-    return shard(policy, device)
-
-
-def check_path(path: str) -> None:
-    """Check early: transformers would treat a missing local path as a hub id and fail later with a
-    confusing error."""
-    require(path.strip(), "--model is empty: give a folder or a hub id")
-    require(not path.startswith("~"), f"--model {path}: the shell left ~ as it is; write it out")
-    folder = Path(path)
-    if folder.exists() or path.startswith((".", "/")) or path.count("/") > 1:
-        require(folder.exists(), f"--model {path}: no such folder")
-        config = folder / "config.json"
-        require(config.exists(), f"--model {path}: no config.json, so no Hugging Face checkpoint")
-        return
-    try:
-        cached = try_to_load_from_cache(path, "config.json")
-    except HFValidationError:
-        cached = None
-    if not isinstance(cached, str):
-        check_hub("--model", path, "model", None)
-    try:
-        AutoConfig.from_pretrained(path)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"error: --model {path}: no folder, nor on the hub: {reason}") from None
-
-
-def adapted_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers that LoRA adapts: all linear ones but the head."""
-    head = lm.get_output_embeddings()
-    found = {}
-    for name, module in lm.named_modules():
-        if type(module) in (nn.Linear, Conv1D) and module is not head:
-            found[name] = module
-    return found
+    return shard(policy, device, make_mesh(device, setup.shard), from_first_rank)
 
 
 def add_adapters(policy: Policy, rank: int, alpha: float) -> None:
-    """Freeze the model and put LoRA on its linear layers.
+    """Freeze the model and put LoRA on all its linear layers but the head.
 
     Weights that are not a linear layer's, such as those of experts and their router, stay frozen.
     """
     from peft import LoraConfig, inject_adapter_in_model  # slow to import
 
-    layers = adapted_layers(policy.lm)
-    names = [f"lm.{name}" for name in layers]
-    transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
+    head = policy.lm.get_output_embeddings()
+    names, transposed = [], False
+    for name, module in policy.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and module is not head:
+            names.append(name)
+            transposed |= type(module) is Conv1D
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # every rank draws the same A
+        torch.manual_seed(0)  # every run begins with the same A
         # into the policy, not its lm: in a transformers model peft would wrap fused experts, which
         # FSDP2 cannot shard
         inject_adapter_in_model(config, policy)
 
 
-def shard(policy: Policy, device: torch.device) -> Policy:
-    """FSDP2: each decoder layer is a unit; embeddings, norm and head are another.
+def make_mesh(device: torch.device, over: str) -> DeviceMesh:
+    """The ranks that share the weights. over: "machine" or "all".
 
     On several machines each holds the weights once, sharded over its ranks (HSDP): only gradients
-    travel between machines. The model stays in host memory until here: `fully_shard` moves a unit
-    to the device as it shards it.
+    travel between machines. A model that is too large for one machine is sharded over all ranks.
     """
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if local < world:
-        mesh = dist.init_device_mesh(
-            device.type, (world // local, local), mesh_dim_names=("machine", "rank")
-        )
-    else:
-        mesh = dist.init_device_mesh(device.type, (world,), mesh_dim_names=("rank",))
+    if over == "all" or local == world:
+        return dist.init_device_mesh(device.type, (world,), mesh_dim_names=("rank",))
+    ranks = torch.arange(world).view(-1, local)
+    groups = []
+    for lists in (ranks.T.tolist(), ranks.tolist()):
+        groups.append(dist.new_subgroups_by_enumeration(lists, timeout=TIMEOUT)[0])
+    return DeviceMesh.from_group(
+        groups, device.type, ranks, mesh_dim_names=("machine", "rank")
+    )
+
+
+def shard(policy: Policy, device: torch.device, mesh: DeviceMesh, whole_of: Callable) -> Policy:
+    """FSDP2: each decoder layer is a unit; embeddings, norm and head are another.
+
+    whole_of(name, tensor, device): the whole parameter or buffer, on the device. A unit is there
+    as a whole on every rank until it is sharded.
+    """
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # the loss's inputs stay in fp32
     if device.type == "cuda":
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    for module in policy.lm.modules():
-        if type(module).__name__ in policy.lm._no_split_modules:  # decoder layers, by their name
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):  # losses are normalised over all ranks: add gradients up
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+    for prefix, unit in reversed(list(policy.named_modules())):  # the policy itself comes last
+        if unit is not policy and type(unit).__name__ not in policy.lm._no_split_modules:
+            continue  # not a decoder layer
+        for name, p in unit.named_parameters(prefix):
+            if not isinstance(p, DTensor):
+                found = nn.Parameter(whole_of(name, p, mesh.device_type), p.requires_grad)
+                torch.utils.swap_tensors(p, found)  # tied weights stay tied
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+        # losses are normalised over all ranks: add gradients up
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_gradient_divide_factor(1.0)
+    for name, buffer in policy.named_buffers():
+        found = whole_of(name, buffer, mesh.device_type)
+        torch.utils.swap_tensors(buffer, found.detach())  # a collective may still hold `found`
     return policy
+
+
+@torch.no_grad()
+def from_first_rank(name: str, tensor: Tensor, device: str) -> Tensor:
+    """The first rank's tensor, on all ranks. A collective."""
+    found = torch.empty_like(tensor, device=device)
+    if not tensor.is_meta:
+        found.copy_(tensor)
+    dist.broadcast(found, 0)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,20 +278,19 @@ class Adapters(nn.Module):
         self.policy.reshard()
 
 
-def frozen_copy(policy: Policy, path: str, device: torch.device) -> Policy | Adapters:
-    """The start of training as a teacher or reference.
+def frozen_copy(policy: Policy, device: torch.device) -> Policy | Adapters:
+    """A copy of the policy as a teacher or reference, made from its shards.
 
-    Call it before the first update of `policy`, which was loaded from `path` too.
+    Call it before the first update: it is then the start of training, on a resume too.
     """
     if any(".lora_" in name for name, _ in policy.named_parameters()):
         return Adapters(policy)
-    return load_policy(path, device, NoTraining).requires_grad_(False)
-
-
-class NoTraining:
-    """The `setup` of a model that is only read."""
-
-    checkpointing, lora_rank, lora_alpha = False, 0, 0.0
+    policy.reshard()
+    tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    copy = Policy(without_weights(policy.lm.config))
+    mesh = next(policy.parameters()).device_mesh
+    shard(copy, device, mesh, lambda name, *_: whole(tensors[name]).clone())
+    return copy.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -5,21 +5,20 @@ and verifier. `Batch` is what comes out: the groups of one step with rewards and
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from common import require
-from common.architecture import check_architecture, empty_lm
+from common.architecture import check_architecture, context_length, empty_lm
 from common.chat import as_text, chat_ids, load_tokenizer
 from common.policy import Policy, full_weights, score
+from common.report import heldout_row
 from common.sampler import HFSampler, Rollout, make_sampler
 from common.tasks import Problem, load_task, take
 from common.verifiers import Verdict
@@ -112,16 +111,23 @@ class Rollouts:
         self.task = load_task(
             args.task, heldout=setup.heldout, fields=setup.fields, kind=setup.kind,
             instruction=setup.instruction, data_dir=setup.data_dir, against=setup.against,
+            bad_records=setup.bad_records, gym_reward=setup.gym_reward,
         )
-        problems = [*self.task.heldout, *self.task.train]
+        problems = self.task.at_hand
         self.tokenizer = load_tokenizer(args.model, args.thinking, problems)
         self.verifier = Verifier(
             allow_unsafe_exec=setup.allow_unsafe_exec, restarts=restarts
         )
-        self.verifier.check(problems[run.rank :: run.world])  # a bad reference ends the run here
-        self.context_length = model_context(args.model)  # tokens that the model can read
+        bad = self.verifier.unusable(problems[run.rank :: run.world])
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, bad)
+        self.task = self.task.without([pair for part in everywhere for pair in part])
+        problems = self.task.at_hand
+        # tokens that the model can read
+        self.context_length = context_length(AutoConfig.from_pretrained(args.model))
         self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
         self.check_lengths([problem.messages for problem in problems])
+        self.sampled = self.longest  # tokens of the longest prompt without a hint, and its response
 
     def sync(self, policy: Policy) -> None:
         """Give the engine the policy's weights. A collective."""
@@ -156,18 +162,14 @@ class Rollouts:
         """
         most = getattr(self.args, flag)
         room = self.context_length - responses * most  # tokens of a prompt
-        sized = []
-        for chat in chats:
-            if chat is not None:
-                size = sum(len(message["content"].encode(errors="replace")) for message in chat)
-                sized.append((size, len(sized), chat))
-        sized.sort(reverse=True)
-        if not sized:
+        shown = [chat for chat in chats if chat is not None]
+        if not shown:
             return
-        frame = 64 + len(self.chat_ids(sized[-1][2]))  # about what a template adds
+        shown.sort(key=bytes_of, reverse=True)
+        template = 64 + len(self.chat_ids(shown[-1]))  # about what it adds
         longest = 0
-        for size, _, chat in sized[self.run.rank :: self.run.world]:
-            if size + frame <= longest:
+        for chat in shown[self.run.rank :: self.run.world]:
+            if bytes_of(chat) + template <= longest:
                 break
             length = len(self.chat_ids(chat))
             if length > longest:
@@ -224,7 +226,10 @@ class Rollouts:
         mine = range(self.run.rank, len(self.task.heldout), self.run.world)
         problems = [self.task.heldout[i] for i in mine]
         samples = self.args.setup.eval_samples
-        return mine, self.answer(problems, samples, EVALUATE, mine, "evaluate")
+        groups = self.answer(problems, samples, EVALUATE, mine, "evaluate")
+        with self.run.writing(self.run.folder / "heldout.jsonl"):
+            self.run.append("heldout", [heldout_row(self.run.step, groups)])
+        return mine, groups
 
     def teacher_accuracy(self, teacher: Policy, policy: Policy, batch: Batch,
                          prompts: list[list[int]], has_context: Tensor) -> dict[str, list[float]]:
@@ -264,12 +269,19 @@ class Rollouts:
         args = self.args
         if prompts is None:
             prompts = [self.chat_ids(problem.messages) for problem in problems]
+            longest = max(map(len, prompts), default=0)  # also of a problem that was made just now
+            require(
+                longest + args.max_tokens <= self.context_length,
+                f"a prompt of {longest} tokens and --max_tokens {args.max_tokens} exceed the "
+                f"model's context of {self.context_length}; lower --max_tokens",
+            )
         settings = {
             "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p,
         }
         self.run.phase(phase or "sample")
         seed = (args.setup.seed, stream)
         sampled = self.sampler.sample(prompts, n, seed=seed, keys=keys, **(settings | sampling))
+        self.run.collect({"preempted": self.sampler.preempted()})
         self.run.phase(phase or "verify")
         repeated, texts = [], []
         for problem, rollouts in zip(problems, sampled):
@@ -317,10 +329,8 @@ def first_sync(sampler, policy: Policy, prompt: list[int]) -> None:
     )
 
 
-def model_context(path: str) -> float:
-    """The context of the model in tokens; infinite if its configuration does not say."""
-    config = transformers.AutoConfig.from_pretrained(path).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
+def bytes_of(chat: list[dict]) -> int:
+    return sum(len(message["content"].encode(errors="replace")) for message in chat)
 
 
 def heldout_metrics(groups: list[Group]) -> dict:

@@ -1,6 +1,7 @@
 """A run: its processes, its folder, its log, its checkpoints.
 
-    runs/NAME/args.json  metrics.jsonl  rollouts.jsonl  curves.png  checkpoints/step_000100/
+    runs/NAME/args.json  metrics.jsonl  rollouts.jsonl  checkpoints/step_000100/
+              curves.png  report.html  and what it is made of: example.jsonl  heldout.jsonl
 
 One process and many run the same lines.
 """
@@ -12,13 +13,14 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,12 +30,14 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from common import checkpoints, require
+from common import TIMEOUT, checkpoints, memory, require
 from common.log import draw_curves, make_tracker, reduce_over_ranks
+from common.report import first_example, write_report
 from common.settings import changes, check_settings, flat
 
 PATIENCE = 5  # steps in a row without a finite gradient, until the run gives up
 EDITION = 2  # of the checkpoints' state
+RECORDS = ("example.jsonl", "heldout.jsonl", "rollouts.jsonl", "metrics.jsonl")  # rows of steps
 
 
 def rendezvous() -> tuple[dist.Store, int, int]:
@@ -89,9 +93,8 @@ class Run:
         store, rank, world = rendezvous()
         cuda = torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        # a rank may sample or verify longer than another
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2)
+            backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT
         )
         self.rank, self.world = rank, world
         self.device = torch.device("cpu")
@@ -107,7 +110,8 @@ class Run:
         require(not wrong, wrong)
         self.first_step = self.step = 0  # steps done before this process, and by now
         self.times: dict[str, float] = {}  # phase → seconds of this step
-        self.current, self.since = "other", time.perf_counter()
+        self.current, self.since = "start", time.perf_counter()
+        self.used = 0.0  # GiB of the GPU, at most so far
         self.collected: dict[str, list] = {}
         self.history: list[dict] = []
         self.asked = False  # SIGTERM came to this process
@@ -116,6 +120,7 @@ class Run:
         self.bar: tqdm | None = None
         self.tracker: Callable[[dict], None] | None = None
         self.shown = False  # the first example
+        sys.excepthook = partial(last_words, self)
 
     def check_division(self) -> None:
         parallel, questions = self.setup.tensor_parallel, self.args.batch_size
@@ -222,9 +227,10 @@ class Run:
 
     # ------------------------------------------------------------------------------------ the log
     def phase(self, name: str) -> None:
-        """From here on time counts for `name`; it counted for the phase before until now."""
+        """Log the time from now on under `name`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+            self.peak_gib()
         now = time.perf_counter()
         self.times[self.current] = self.times.get(self.current, 0.0) + now - self.since
         self.current, self.since = name, now
@@ -242,8 +248,6 @@ class Run:
         self.phase("other")
         if batch is not None:
             self.collect(batch.metrics())
-            if not self.shown:
-                self.show(batch, teacher_prompts)
         row = {"step": self.step, **reduce_over_ranks(self.collected)}
         row |= {f"time/{phase}": seconds for phase, seconds in self.times.items()}
         row["time/step"] = sum(self.times.values())
@@ -254,6 +258,9 @@ class Run:
         with self.writing(self.folder / "metrics.jsonl"):
             self.append("metrics", [row])
             if batch is not None:
+                if not self.shown:
+                    first_example(self, batch, teacher_prompts)
+                self.shown = True
                 self.append("rollouts", [{"step": self.step, **r} for r in batch.examples()])
         if self.rank == 0:
             self.history.append(row)
@@ -267,9 +274,15 @@ class Run:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
 
     def peak_gib(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        """The most memory in use so far, on a GPU at the end of a phase.
+
+        torch's own count would go on with the memory of a vLLM engine that sleeps.
+        """
+        if self.device.type != "cuda":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        free, total = torch.cuda.mem_get_info()
+        self.used = max(self.used, (total - free) / 2**30)
+        return self.used
 
     def print_progress(self, row: dict) -> None:
         scores = [r["heldout/pass@1"] for r in self.history if "heldout/pass@1" in r]
@@ -287,27 +300,17 @@ class Run:
         if self.rank == 0:
             tqdm.write(text)
 
-    def show(self, batch, teacher_prompts: list | None) -> None:
-        """Print the first step's best response as the model sees it; the loss is on ⟦…⟧."""
-        self.shown = True
-        decode = self.tokenizer.decode
-        best = int(batch.rewards.flatten().argmax())
-        line, trained = "─" * 30, batch.responses[best]
-        self.say(f"{line} first example {line}\n{decode(batch.prompts[best])}")
-        self.say(f"[loss: {len(trained)} tokens] ⟦{decode(trained)}⟧")
-        if teacher_prompts is not None:
-            self.say(f"teacher's prompt:\n{decode(teacher_prompts[best])}")
-        self.say("─" * 75)
-
     @contextmanager
     def writing(self, what: Path) -> Iterator[None]:
-        """End the run on all ranks, in words, if something cannot be written. A collective."""
+        """End the run on all ranks with one line if something cannot be written. A collective."""
         failed = ""
         try:
             yield
         except (Exception, dcp.CheckpointException) as error:  # libraries differ on a full disk
+            if out_of_memory(error):
+                raise
             reason = str(error).strip() or repr(error)
-            free = shutil.disk_usage(self.folder).free / 2**30
+            free = free_bytes(self.folder) / 2**30
             failed = f"{reason.splitlines()[-1]}; {free:.3f} GiB are free there"
         failed = self.as_first_rank(lambda: failed)
         require(
@@ -337,18 +340,15 @@ class Run:
         if self.setup.resume and self.rank == 0:
             self.rewind()
         rollouts.sync(policy)  # on a resume the first rollouts must be the resumed policy's
+        policy.lm.generation_config.eos_token_id = rollouts.ends  # for `generate` as well
         if self.rank == 0:
             settings = flat(self.args)
             (self.folder / "args.json").write_text(json.dumps(settings, indent=1))
             if self.setup.track:
                 self.tracker = make_tracker(self.setup.track, self.folder, self.step, settings)
         self.say(f"{self.folder}: {self.world} process(es) on {self.device.type}")
-        for note in rollouts.task.notes:
-            self.say(note)
-
-    def track(self, optimizer: torch.optim.Optimizer) -> None:
-        """Checkpoints hold this optimizer from here on."""
-        self.optimizer = optimizer
+        for line in (*rollouts.task.summary, *rollouts.task.notes):
+            self.say(line)
 
     def save(self) -> None:
         self.phase("save")
@@ -364,7 +364,7 @@ class Run:
 
     def rewind(self) -> None:
         """Drop what was logged after the resumed step, or cut short by a kill."""
-        for name in ("rollouts.jsonl", "metrics.jsonl"):  # the metrics last: they are the history
+        for name in RECORDS:  # the metrics last: they are the history
             path, part = self.folder / name, self.folder / f"tmp-{name}"
             rows = []
             if path.exists():
@@ -401,6 +401,8 @@ class Run:
             self.log()
         if self.rank == 0 and self.history:
             draw_curves(self.history, self.folder / "curves.png", title=self.folder.name)
+            write_report(self)
+        sys.excepthook = sys.__excepthook__
         how = "done"
         if self.setup.dry_run:
             how = "dry run"
@@ -413,19 +415,14 @@ class Run:
             dist.destroy_process_group()
 
     def dry_run(self, rollouts, copies: int) -> None:
-        """--dry_run: what a step is made of, and how much its weights take.
+        """--dry_run: what a step is made of, and how much memory it takes.
 
         copies: whole models beside the policy (teacher, reference).
         """
-        args, setup, task = self.args, self.setup, rollouts.task
+        args, task = self.args, rollouts.task
         lm = rollouts.check_model()
         count = sum(p.numel() for p in lm.parameters())
         responses = args.batch_size * getattr(args, "group_size", 1)
-        per_rank = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        width = 2 if self.device.type == "cuda" else 4
-        state = (16 + 4 * copies) * count / per_rank  # weights, gradient and AdamW in fp32
-        if setup.lora_rank > 0:
-            state = width * count / per_rank
         settings = "  ".join(f"--{name} {value!r}" for name, value in flat(args).items())
         self.say(
             f"{settings}\n"
@@ -434,11 +431,49 @@ class Run:
             f"{args.max_tokens:,} tokens, {self.updates} update(s); {self.world} process(es)\n"
             f"model   {type(lm).__name__}, {count:,} parameters, context "
             f"{rollouts.context_length:,} tokens\n"
-            f"memory  per process: {state / 2**30:.3f} GiB of weights, gradients and AdamW, "
-            f"{width * count / 2**30:.3f} GiB of the sampler's weights; its KV cache and the "
-            "activations of --token_budget tokens come on top (docs/memory.md)"
+            f"{memory.plan(args, lm, rollouts, self.world, copies)}"
         )
+        for line in (*task.summary, *task.notes):
+            self.say(line)
         self.finish(rollouts)
+
+
+def last_words(run: Run, kind: type, error: BaseException, trace) -> None:
+    """sys.excepthook: memory that runs out ends a run in one line, anything else as usual."""
+    if not out_of_memory(error):
+        return sys.__excepthook__(kind, error, trace)
+    print(
+        f"error: out of memory in step {run.step}, phase {run.current}, on rank {run.rank}, with "
+        f"up to {run.peak_gib():.1f} GiB in use: {', then '.join(remedies(run))}; the last "
+        "complete checkpoint is "
+        f"{checkpoints.last(run.folder) or 'none'}: go on with --resume auto",
+        file=sys.stderr,
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True if memory ran out: for torch, for an engine, or for some rank at a checkpoint."""
+    if isinstance(error, dcp.CheckpointException):
+        return any(out_of_memory(failure) for failure, _ in error.failures.values())
+    return isinstance(error, RuntimeError) and "out of memory" in str(error)
+
+
+def remedies(run: Run) -> list[str]:
+    """What needs less memory in the present phase, the cheapest first."""
+    setup, phase, found = run.setup, run.current, []
+    if phase in ("score", "update"):
+        found.append("lower --token_budget")
+    elif setup.sampler == "vllm":
+        found.append("lower --vllm_memory")
+    if phase in ("sample", "evaluate"):
+        found += ["lower --sampler_rows", "lower --max_tokens"]
+    if phase == "update" and not setup.checkpointing:
+        found.append("add --checkpointing")
+    if setup.shard == "machine" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        found.append("add --shard all")
+    if setup.lora_rank == 0:
+        found.append("begin anew with --lora_rank 32")
+    return found
 
 
 @contextmanager

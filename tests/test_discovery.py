@@ -59,8 +59,8 @@ def test_a_trial_begins_with_the_start(tmp_path, monkeypatch):
         state.append("reset")
 
     monkeypatch.setattr(bench.Learner, "reset", reset)
-    flags = ["--demo", "--model", CHAIN, "--task", "chain:7", "--heldout", "8", "--questions", "2", "--seeds", "1",
-             "--group_size", "4", "--budget", "8", "--max_tokens", "80", "--out", str(tmp_path), "--name", "tt"]
+    flags = ["--demo", "--model", CHAIN, "--task", "chain:5", "--heldout", "8", "--questions", "2", "--seeds", "1",
+             "--group_size", "4", "--budget", "8", "--max_tokens", "48", "--out", str(tmp_path), "--name", "tt"]
     bench.main(parse(bench.Args, bench.presets, flags))
     assert len(state) == 3
     found = json.loads((tmp_path / "tt" / "discovery.json").read_text())

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import CHAIN, ROOT
+from conftest import GROUPS, ROOT, TASK
 from test_house import ALGORITHMS, problems_of
 from torch.distributed.run import get_args_parser
 
@@ -58,12 +58,11 @@ def rows(page: Path, heading: str) -> list[list[str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics.md
 # ---------------------------------------------------------------------------------------------------------------------
-SMALL = ["--demo", "--model", CHAIN, "--max_tokens", "48", "--heldout", "8", "--eval_samples", "1"]
-GROUPS = [*SMALL, "--steps", "2", "--batch_size", "4", "--group_size", "4"]
+RUN = [*GROUPS, "--steps", "1"]
 RUNS = {  # small, and with every part on that logs something of its own
-    "grpo": [*GROUPS, "--beta", "0.01"], "rlsd": GROUPS, "sdpo": GROUPS, "hsd": [*GROUPS, "--beta", "0.01"],
-    "sdzero": [*SMALL, "--eval_samples", "1", "--srt_questions", "8", "--kept_traces", "8",
-               "--srt_batch", "4", "--srt_epochs", "1", "--sd_questions", "16", "--batch_size", "8", "--max_tokens", "96"],
+    "grpo": [*RUN, "--beta", "0.01"], "rlsd": RUN, "sdpo": RUN, "hsd": [*RUN, "--beta", "0.01"],
+    "sdzero": [*TASK, "--srt_max_tokens", "32", "--srt_questions", "8", "--kept_traces", "8", "--srt_batch", "8",
+               "--srt_epochs", "1", "--sd_questions", "8", "--batch_size", "8"],
 }
 
 
@@ -363,7 +362,7 @@ def test_a_fork_costs_what_the_page_says_and_trains(name, tmp_path):
     blocks = [("diff", body) for body in re.findall(r"^```diff\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)]
     assert 0 < len(blocks) <= most_blocks and 0 < changed_lines(blocks) <= most_lines
     module = load(name, edited((ROOT / f"{parent}.py").read_text(), blocks, FORKS), tmp_path)
-    module.main(parse(module.Args, module.presets, [*GROUPS, *flags, "--out", str(tmp_path), "--name", "run"]))
+    module.main(parse(module.Args, module.presets, [*GROUPS, "--steps", "2", *flags, "--out", str(tmp_path), "--name", "run"]))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["grad_norm"] > 0 for row in rows[:2])
     del sys.modules[name]
@@ -410,7 +409,7 @@ def test_the_sixth_methods_examples_hold(sixth):
 
 def test_the_sixth_method_trains(sixth, tmp_path):
     module = sixth[1]
-    module.main(parse(module.Args, module.presets, [*GROUPS, "--out", str(tmp_path), "--name", "srpo", "--minibatches", "2"]))
+    module.main(parse(module.Args, module.presets, [*GROUPS, "--steps", "2", "--out", str(tmp_path), "--name", "srpo", "--minibatches", "2"]))
     found = [json.loads(line) for line in (tmp_path / "srpo" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["frac_distilled"] < 1 and row["grad_norm"] > 0 for row in found[:2])
     assert any(row.get("heldout/pass@1") is not None for row in found)

@@ -362,7 +362,7 @@ def test_an_update_without_a_gradient_moves_nothing(gradient):
     assert all(torch.equal(a, b) for a, b in zip(before, state()))
 
 
-SMALL = ["--demo", "--model", CHAIN, "--group_size", "4", "--heldout", "4", "--eval_samples", "1"]
+SMALL = ["--demo", "--model", CHAIN, "--group_size", "2", "--heldout", "2", "--eval_samples", "1"]
 
 
 def run(out, *flags):
@@ -401,8 +401,8 @@ def test_groups_keep_the_order_of_their_questions(rounds, chosen):
 
 
 def test_the_log_shows_the_first_questions_of_a_step(tmp_path):
-    run(tmp_path, "--name", "r", "--batch_size", "16", "--max_tokens", "8", "--steps", "2")
-    train = load_task("chain", heldout=4).train
+    run(tmp_path, "--name", "r", "--batch_size", "16", "--max_tokens", "2", "--steps", "2")
+    train = load_task("chain", heldout=2).train
     lines = (tmp_path / "r" / "rollouts.jsonl").read_text().splitlines()
     shown: dict[int, dict[str, None]] = {}
     for row in map(json.loads, lines):

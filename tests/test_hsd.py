@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAIN, interrupted, policy_loss
+from conftest import CHAIN, GROUPS, interrupted, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import assert_same_run, metrics, teacher_gaps
@@ -257,8 +257,7 @@ def test_the_divergence_point_is_the_end_of_the_common_prefix(a, b):
     assert tau == common and (tau is None or (a[:tau] == b[:tau] and a[tau] != b[tau]))
 
 
-SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "8", "--max_tokens", "48",
-         "--eval_every", "3", "--eval_samples", "1"]
+SMALL = [*GROUPS, "--eval_every", "3"]
 
 
 def run(out, *flags):
@@ -267,11 +266,11 @@ def run(out, *flags):
 
 @pytest.mark.parametrize("teacher", [["ema", "--beta", "0.01"], ["live"]], ids=["ema", "live"])
 def test_a_resume_includes_the_teacher_bitwise(teacher, tmp_path):
-    flags = ["--steps", "3", "--save_every", "2", "--teacher", *teacher]
+    flags = ["--steps", "2", "--save_every", "1", "--teacher", *teacher]
     run(tmp_path, *flags, "--name", "whole")
-    parts = interrupted(tmp_path / "whole", "parts", 2)
+    parts = interrupted(tmp_path / "whole", "parts", 1)
     run(tmp_path, *flags, "--name", "parts", "--resume", "auto")
-    assert_same_run(tmp_path / "whole", parts, 3)
+    assert_same_run(tmp_path / "whole", parts, 2)
     if "ema" in teacher:
         from_start, from_student = teacher_gaps(parts, 2)
         assert from_start > 0 and from_student > 0

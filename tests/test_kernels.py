@@ -23,6 +23,10 @@ from kernels.head import TokenStats, head_loss, token_stats
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 rows = pytest.importorskip("kernels.rows_triton") if TRITON else rows_torch
+if TRITON:  # the interpreter takes 30 ms for a row: few and short ones, which still have several blocks
+    as_on_a_gpu = rows.blocks
+    rows.blocks = lambda vocabulary, most: as_on_a_gpu(vocabulary, most // 16)
+BLOCK = 64 if TRITON else 128  # columns that the backend reads at a time
 reference_only = pytest.mark.skipif(TRITON, reason="says nothing about rows_triton.py")
 
 DIVERGENCES = {
@@ -39,6 +43,7 @@ DIVERGENCES = {
     "teacher's top-5 renormalised (SD-Zero)": Divergence("mixed_kl", beta=0.5, top_k=5, support="teacher", tail=False),
     "student's top-5 renormalised": Divergence("reverse_kl", top_k=5, tail=False),
 }
+KINDS = ("mixed", "jsd", "clipped (OPSD)")  # one for each way through the kernels
 
 
 @pytest.fixture(autouse=True)
@@ -143,10 +148,12 @@ def gradients(loss: Tensor, c: Case) -> list[Tensor]:
 
 
 def both_modes(c: Case, divergence: Divergence, temperature: float = 1.0) -> list[tuple]:
-    """(loss, stats, [gradient of hidden, of head]) through head_loss and through token_stats."""
+    """(loss, stats, [gradient of hidden, of head]) through head_loss and, unless interpreted, through token_stats."""
     inputs, options = (c.hidden, c.head, c.y), {"divergence": divergence, "temperature": temperature}
     loss, stats = head_loss(weighted, *inputs, c.weights, c.teacher_hidden, c.teacher_head, **options)
     out = [(loss, stats, gradients(loss, c))]
+    if TRITON:  # the same kernels for the same rows
+        return out
     stats = token_stats(*inputs, c.teacher_hidden, c.teacher_head, **options)
     loss = weighted(stats, c.weights).sum()
     return [*out, (loss, stats, gradients(loss, c))]
@@ -178,7 +185,7 @@ def agrees_with_oracle(c: Case, divergence: Divergence, tolerance: float, temper
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_values_and_gradients_are_those_of_full_logits_in_float64(name):
     # 5e-6: fp32 logits of size 5 carry errors of 1e-6
-    for vocabulary in (6, 127, 128, 129):
+    for vocabulary in (6, BLOCK, BLOCK + 1)[-1 if TRITON else 0 :]:
         agrees_with_oracle(case(5, vocabulary), DIVERGENCES[name], 5e-6, temperature=1.3)
 
 
@@ -200,13 +207,13 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(differentiable, (c.hidden, c.head))
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 31, 1000, 5003])
+@pytest.mark.parametrize("vocabulary", [1, 2, BLOCK, 300] if TRITON else [1, 2, 31, BLOCK, 1000, 5003])
 def test_any_vocabulary_size(vocabulary):
-    for name in ("reverse", "jsd", "student's top-5 and tail (SDPO)"):
+    for name in ("reverse", "jsd", "student's top-5 and tail (SDPO)")[1 if TRITON else 0 :]:
         agrees_with_oracle(case(3, vocabulary), DIVERGENCES[name], 1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0.05, 1.1, 5.0])
+@pytest.mark.parametrize("temperature", [0.05] if TRITON else [0.05, 1.1, 5.0])
 def test_temperature_divides_both_models_logits(temperature):
     agrees_with_oracle(case(5, 40), DIVERGENCES["reverse"], 2e-5, temperature)  # at 0.05, logits of 100 rounded to fp32
 
@@ -222,6 +229,7 @@ def test_no_token_and_one_token():
     agrees_with_oracle(case(1, 12), Divergence(), 5e-6)
 
 
+@reference_only
 def test_three_symbols_by_hand():
     """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): both KLs are ¼·log 2, and of m = (3/8, 1/4, 3/8) the JSD is
     ½·log(4/3) + ¼·log(2/3)."""
@@ -235,6 +243,7 @@ def test_three_symbols_by_hand():
         assert stats.teacher_greedy == 1 and stats.entropy.item() == pytest.approx(1.5 * math.log(2))
 
 
+@reference_only
 def test_the_two_directions_are_not_mixed_up():
     """p = (1/2, 1/2), q = (3/4, 1/4): KL(p‖q) = ½·log(4/3), KL(q‖p) = ¾·log(3/2) + ¼·log(1/2)."""
     z, zt = torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]])
@@ -244,11 +253,12 @@ def test_the_two_directions_are_not_mixed_up():
     assert forward == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
 
 
-@settings(max_examples=4 if TRITON else 25, deadline=None)
+@settings(max_examples=2 if TRITON else 25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 9), st.floats(0.01, 30), st.floats(0.01, 30))
 def test_laws_of_divergences(seed, vocabulary, spread, gap):
     c = case(4, vocabulary, spread=spread, gap=gap, seed=seed)
-    for name, divergence in DIVERGENCES.items():
+    for name in KINDS if TRITON else DIVERGENCES:
+        divergence = DIVERGENCES[name]
         kl = token_stats(*c[:5], divergence=divergence).kl
         if divergence.clip is None:
             assert (kl >= -1e-6).all(), name  # and never clamped, which would take the gradient away
@@ -256,7 +266,7 @@ def test_laws_of_divergences(seed, vocabulary, spread, gap):
             assert (kl <= math.log(2) + 1e-6).all()
 
 
-@settings(max_examples=4 if TRITON else 25, deadline=None)
+@settings(max_examples=2 if TRITON else 25, deadline=None)
 @given(st.integers(0, 10**6), st.floats(-64, 64), st.floats(-64, 64))
 def test_a_constant_on_all_logits_changes_nothing_and_gradients_of_a_row_sum_to_0(seed, shift, teacher_shift):
     g = torch.Generator().manual_seed(seed)
@@ -302,8 +312,11 @@ def masked(z: Tensor) -> Tensor:
     return z.index_fill(-1, torch.tensor([3, 4, 49]), -torch.inf)
 
 
+ALL_KINDS = ["reverse", "forward", "jsd", "mixed", "clipped (OPSD)", "teacher's top-5 and tail"]
+
+
 @pytest.mark.parametrize("extreme", EXTREMES)
-@pytest.mark.parametrize("name", ["reverse", "forward", "jsd", "mixed", "clipped (OPSD)", "teacher's top-5 and tail"])
+@pytest.mark.parametrize("name", KINDS if TRITON else ALL_KINDS)
 def test_extreme_logits(extreme, name):
     z, zt = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1))
     z, zt = EXTREMES[extreme](z, zt)
@@ -378,13 +391,14 @@ def test_what_a_model_rules_out_spoils_no_value_and_no_gradient(where):
         close(dz, expected_dz, 2e-6, name)
 
 
-@pytest.mark.parametrize("name", ["reverse", "forward", "jsd", "mixed", "clipped (OPSD)", "teacher's top-5 and tail"])
+@pytest.mark.parametrize("name", KINDS if TRITON else ALL_KINDS)
 def test_digits_of_small_divergences_given_the_logits(name):
     """Down the ladder, value and gradient keep their digits: what a subtraction of log-probabilities loses first."""
     g = torch.Generator().manual_seed(3)
-    z, noise = torch.randn(2, 4, 3000, generator=g) * torch.tensor([3.0, 1.0])[:, None, None]
+    count, vocabulary = (2, 2 * BLOCK + 1) if TRITON else (4, 3000)
+    z, noise = torch.randn(2, count, vocabulary, generator=g) * torch.tensor([3.0, 1.0])[:, None, None]
     y, d = z.argmax(-1), DIVERGENCES[name]
-    one = torch.ones(4)
+    one = torch.ones(count)
     # rounding leaves about 1e-7/step of a value; with a tail, whose logit is itself a rounded sum, some times that
     for step, tolerance in ((1e-4, 1e-2), (1e-3, 5e-4), (1e-2, 5e-5), (0.3, 1e-5), (3.0, 1e-5)):
         zt = z + step * noise
@@ -397,13 +411,13 @@ def test_digits_of_small_divergences_given_the_logits(name):
         if step == 1e-4:
             assert (expected.kl < 1e-8).all()
         slack = 10 if d.top_k else 1
-        assert ((chunk.stats.kl - expected.kl).abs() <= slack * tolerance * expected.kl).all(), step
+        assert ((chunk.stats.kl - expected.kl).abs() <= slack * tolerance * expected.kl.abs()).all(), step
         assert (dz - expected_dz).norm() <= slack * max(3e-6, 3e-8 / step) * expected_dz.norm(), step
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_identical_models_give_exactly_0(name):
-    c = case(5, 301)
+    c = case(2, 2 * BLOCK + 45)
     loss, stats = head_loss(lambda token, _: token.kl, *c[:3], None, c.hidden, divergence=DIVERGENCES[name],
                             temperature=1.3)
     assert loss == 0 and not stats.kl.any() and not any(g.any() for g in gradients(loss, c))
@@ -435,6 +449,7 @@ def test_a_thin_tail_is_summed_not_subtracted():
     assert ((stats.kl - expected.kl) / expected.kl).abs().max() < 1e-3  # of 2e-12
 
 
+@reference_only
 def test_top_k_of_all_is_the_whole_vocabulary_and_ties_are_settled_one_way():
     c = case(4, 9)
     whole = token_stats(*c[:5]).kl
@@ -447,6 +462,7 @@ def test_top_k_of_all_is_the_whole_vocabulary_and_ties_are_settled_one_way():
     assert kl[0] == kl[1] and kl.isfinite().all()
 
 
+@reference_only
 def test_outside_of_a_renormalised_top_k_there_is_no_gradient():
     z, zt = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(5))
     chunk = head_module.Chunk(z.clone(), zt.clone(), torch.tensor([0, 1, 2]),
@@ -475,6 +491,7 @@ def trainers_loss(token: TokenStats, batch: Batch) -> Tensor:
     return batch.weight * (-surrogate + distilled + gap - 0.01 * token.entropy)
 
 
+@reference_only
 def test_both_modes_and_full_logits_give_one_loss_the_same_value_and_gradient(monkeypatch):
     c = case(23, 40)
     g = torch.Generator().manual_seed(6)
@@ -521,6 +538,7 @@ def test_bf16_gradients_in_groups_of_chunks(monkeypatch):
                 assert (value.double() - r.double()).norm() < 4e-3 * r.double().norm()  # bf16 rounds to 2^-9 = 2e-3
 
 
+@reference_only
 def test_bf16_hidden_states_give_fp32_statistics():
     c = case(6, 300, dtype=torch.bfloat16)
     stats, expected = token_stats(*c[:5]), oracle(*c[:5], Divergence())
@@ -560,6 +578,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+@reference_only
 def test_never_all_logits_and_for_a_frozen_head_never_its_gradient(monkeypatch):
     monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cpu": 5 * 4 * 33})
     c = case(20, 33, width=7)
@@ -576,6 +595,7 @@ def test_never_all_logits_and_for_a_frozen_head_never_its_gradient(monkeypatch):
             c.head.grad = None
 
 
+@reference_only
 def test_only_what_asks_for_a_gradient_gets_one_and_the_teacher_never_does():
     c = case(5, 12)
     teacher = c.teacher_hidden.clone().requires_grad_(), c.teacher_head.clone().requires_grad_()
@@ -599,6 +619,7 @@ def test_inference_mode_reaches_the_threads(monkeypatch):
         assert token_stats(*case(6, 12)[:5]).kl.isfinite().all()
 
 
+@reference_only
 def test_tied_embeddings_add_both_gradients():
     table = torch.randn(12, 6, generator=torch.Generator().manual_seed(7)).requires_grad_()
     ids, y = torch.tensor([1, 5, 1, 3]), torch.tensor([5, 1, 3, 0])
@@ -608,6 +629,7 @@ def test_tied_embeddings_add_both_gradients():
     close(got, table.grad, 1e-6)
 
 
+@reference_only
 def test_strided_inputs():
     c = case(6, 20)
     wide = torch.randn(12, 16)
@@ -616,6 +638,7 @@ def test_strided_inputs():
     agrees_with_oracle(strided, Divergence(), 5e-6)
 
 
+@reference_only
 def test_autocast_does_not_reach_in():
     c = case(6, 20)
     plain = both_modes(c, Divergence())
@@ -632,7 +655,7 @@ def test_nan_where_nothing_counts_does_no_harm():
     weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
     batch = Batch(torch.ones(6), torch.full((6,), -3.0), weight)
     sound, broken = (c._replace(hidden=h.clone().requires_grad_()) for h in (c.hidden.detach(), hidden))
-    for d in (Divergence(), DIVERGENCES["student's top-5 and tail (SDPO)"]):
+    for d in (Divergence(), DIVERGENCES["student's top-5 and tail (SDPO)"])[: 1 if TRITON else 2]:
         right, _ = head_loss(trainers_loss, *sound[:3], batch, *sound[3:5], divergence=d)
         loss, stats = head_loss(trainers_loss, *broken[:3], batch, *broken[3:5], divergence=d)
         close(loss, right, 1e-6)
@@ -654,6 +677,7 @@ def test_tokens_without_gradient_get_exact_zeros():
     assert (gradients(loss, c)[0].abs().sum(-1) > 0).tolist() == (weight > 0).tolist()
 
 
+@reference_only
 def test_gradients_accumulate_and_scale():
     c = case(6, 20)
     for factor in (1.0, 3.0):
@@ -662,6 +686,7 @@ def test_gradients_accumulate_and_scale():
     close(c.head.grad, 4 * once, 5e-6)
 
 
+@reference_only
 def test_a_second_backward_is_refused_or_right():
     c = case(4, 10)
     loss, _ = head_loss(weighted, *c[:3], c.weights, *c[3:5])
@@ -676,6 +701,7 @@ def test_a_second_backward_is_refused_or_right():
             torch.autograd.grad(loss, c.hidden, create_graph=True)
 
 
+@reference_only
 def test_a_mixed_teacher_mixes_logits():
     """SDPO's trust region: (1−λ)·z_ref + λ·z_live, each model with its own head and width."""
     c, ref = case(5, 30), case(5, 30, width=3, seed=1)
@@ -697,6 +723,7 @@ def test_without_a_teacher_its_fields_are_nan():
     assert not stats.kl.requires_grad
 
 
+@reference_only
 def test_mistakes_are_named():
     c = case(4, 10)
 
@@ -725,6 +752,7 @@ def test_mistakes_are_named():
 # ---------------------------------------------------------------------------------------------------------------------
 # the losses that others run, written as they write them
 # ---------------------------------------------------------------------------------------------------------------------
+@reference_only
 def test_sdpo_loss():
     """lasgroup/SDPO: student's top-K log-probabilities, the tail from 1 − Σ, generalised JSD of the K + 1 buckets."""
     c = case(6, 50, dtype=torch.float64)
@@ -743,6 +771,7 @@ def test_sdpo_loss():
         close(value, right, 1e-10)
 
 
+@reference_only
 def test_opsd_loss():
     """OPSD: forward KL, each vocabulary entry's summand bounded."""
     c = case(6, 50, dtype=torch.float64)
@@ -755,6 +784,7 @@ def test_opsd_loss():
         close(value, right, 1e-10)
 
 
+@reference_only
 def test_sdzero_loss():
     """SD-Zero's code: both softmaxes over the teacher's top-K logits, half of each KL."""
     c = case(6, 50, dtype=torch.float64)
@@ -771,6 +801,7 @@ def test_sdzero_loss():
 # ---------------------------------------------------------------------------------------------------------------------
 # adding a divergence
 # ---------------------------------------------------------------------------------------------------------------------
+@reference_only
 def test_the_divergence_that_the_documentation_adds():
     """docs/kernels.md, "Adding a divergence": its Python block, run as it stands there."""
     text = (Path(__file__).resolve().parent.parent / "docs" / "kernels.md").read_text()

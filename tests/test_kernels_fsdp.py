@@ -1,16 +1,13 @@
 """Two ranks, weights sharded by FSDP2: head_loss and token_stats inside the policy's forward see whole weights, and the
 gradients of both ranks together are those of one process with full logits."""
-import copy
-import os
-import socket
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import finish, launch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.microbatches import Micro
-from common.policy import Policy, shard
+from common.policy import Policy, from_first_rank, make_mesh, shard
 from kernels.head import token_stats
 
 WORLD, LENGTH = 2, 9
@@ -21,6 +18,11 @@ def model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                                         num_attention_heads=2, num_key_value_heads=1, head_dim=8,
                                         tie_word_embeddings=True))
+
+
+def sharded(lm: Qwen3ForCausalLM) -> Policy:
+    cpu = torch.device("cpu")
+    return shard(Policy(lm), cpu, make_mesh(cpu, "machine"), from_first_rank)
 
 
 def full_logits_gradient(ids: torch.Tensor, hinted: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -34,17 +36,16 @@ def full_logits_gradient(ids: torch.Tensor, hinted: torch.Tensor) -> dict[str, t
     return {name: p.grad for name, p in lm.named_parameters()}
 
 
-def rank_main(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def on_each_rank() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     ids, hinted = torch.randint(61, (2, WORLD, LENGTH), generator=torch.Generator().manual_seed(1))
     expected = full_logits_gradient(ids, hinted)
     targets = ids[rank]
     row = lambda tokens: Micro([0], [LENGTH], tokens[rank : rank + 1], torch.arange(LENGTH), targets)
     loss = lambda stats, _: stats.kl + 0.25 * stats.logp
     for per_response in (False, True):
-        student, teacher = (shard(Policy(copy.deepcopy(model())), torch.device("cpu")) for _ in range(2))
+        student, teacher = (sharded(model()) for _ in range(2))
         # a teacher of its own, as an EMA is: hidden states and head out of its own forward
         seen = [teacher.read(row(hinted))]
         teacher_hidden, _ = seen[0]
@@ -61,8 +62,5 @@ def rank_main(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def test_sharded_weights_of_two_ranks():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    mp.spawn(rank_main, (port,), nprocs=WORLD)
+def test_sharded_weights_of_two_ranks(tmp_path):
+    finish(launch(WORLD, tmp_path / "log", on_each_rank), tmp_path / "log")

@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process already is the interpreter")
-@pytest.mark.parametrize("file", ["test_kernels.py", "test_kernels_digits.py"])
-def test_the_laws_of_the_kernels_hold_in_the_interpreter(file):
+def test_the_laws_of_the_kernels_hold_in_the_interpreter():
     # a process of its own: the variable decides when Triton is imported, and for all kernels
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py",
+               "tests/test_kernels_digits.py"]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 

@@ -7,21 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CHAIN, ROOT, interrupted
-from ranks import finish, free_port, launch, run_file, run_grpo
+from conftest import CHAIN, GROUPS, ROOT, TASK, interrupted
+from ranks import another_port, finish, free_port, launch, run_file, run_grpo
 from test_run import assert_same_run, metrics, weights
 from transformers import AutoModelForCausalLM
 
 import grpo
-from common import checkpoints
+from common import TIMEOUT, checkpoints
 from common.chat import load_tokenizer
 from common.microbatches import micro_batches
 from common.policy import ema_update, full_weights, load_policy, optimizer_step
-from common.settings import Setup
+from common.settings import Setup, parse
 
 CPU = torch.device("cpu")
-SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "3", "--max_tokens", "48",
-         "--eval_every", "4", "--eval_samples", "1"]
+SMALL = [*GROUPS, "--heldout", "3", "--eval_every", "4"]
 
 
 def assert_close(a: dict, b: dict, atol: float) -> None:
@@ -29,54 +28,89 @@ def assert_close(a: dict, b: dict, atol: float) -> None:
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
 
 
-def test_1_2_and_4_ranks_reach_the_same_weights_after_5_steps(tmp_path):
-    """Within 1e-5, at the demo's learning rate, with which weights move by up to 5e-4. The four ranks are two machines of
-    two (HSDP)."""
-    for world, local in ((1, 1), (2, 2), (4, 2)):
-        flags = [*SMALL, "--steps", "5", "--out", str(tmp_path), "--name", str(world)]
-        finish(launch(world, tmp_path / "log", run_grpo, flags, local_world=local), tmp_path / "log")
-    one = weights(tmp_path / "1", 5)
-    for other in ("2", "4"):
-        assert_close(one, weights(tmp_path / other, 5), 1e-5)
-        assert [r.get("reward/mean") for r in metrics(tmp_path / "1")] == [r.get("reward/mean")
-                                                                         for r in metrics(tmp_path / other)]
-    start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
-    assert max((one[n] - start[n]).abs().max() for n in one) > 3e-4
-
-
 FILES = {
-    "rlsd": ["--steps", "3", "--teacher_every", "2"], "sdpo": ["--steps", "3"],
-    "hsd": ["--steps", "3", "--teacher", "ema", "--beta", "0.01", "--grpo_mix", "0.2"],
-    "sdzero": ["--srt_questions", "16", "--kept_traces", "24", "--srt_batch", "8", "--sd_questions", "16",
-               "--batch_size", "8", "--max_tokens", "96", "--save_every", "1"],
+    "grpo": [*SMALL, "--steps", "4"],
+    "rlsd": [*SMALL, "--steps", "2", "--teacher_every", "1"],
+    "sdpo": [*SMALL, "--steps", "2"],
+    "hsd": [*SMALL, "--steps", "2", "--teacher", "ema", "--beta", "0.01", "--grpo_mix", "0.2"],
+    "sdzero": [*TASK, "--heldout", "3", "--srt_max_tokens", "32", "--srt_questions", "12", "--kept_traces", "16", "--srt_batch", "8",
+               "--sd_questions", "8", "--batch_size", "4", "--save_every", "1"],
 }
 
 
-@pytest.mark.parametrize("name", list(FILES))
-def test_every_file_does_in_two_processes_what_it_does_in_one(name, tmp_path):
-    small = SMALL if name != "sdzero" else ["--demo", "--model", CHAIN, "--heldout", "3"]
+def each_file(out: str) -> None:
+    world = os.environ["WORLD_SIZE"]
+    for name, flags in FILES.items():
+        run_file(name, [*flags, "--out", f"{out}/{world}", "--name", name])
+        another_port()
+    if world == "2":
+        a_rank_without_live_rows(out)
+
+
+def a_rank_without_live_rows(out: str) -> None:
+    advantages = grpo.advantages
+    grpo.advantages = lambda *args: advantages(*args) * (os.environ["RANK"] == "0")
+    run_grpo([*SMALL, "--steps", "1", "--out", f"{out}/2", "--name", "one live rank", "--minibatches", "2", "--token_budget", "100"])
+    grpo.advantages = advantages
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """The folder with the runs of each file by one process, in `1`, and by two, in `2`."""
+    out = tmp_path_factory.mktemp("worlds")
     for world in (1, 2):
-        flags = [*small, *FILES[name], "--out", str(tmp_path), "--name", str(world)]
-        finish(launch(world, tmp_path / "log", run_file, name, flags), tmp_path / "log")
-    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
-    assert [r.get("reward/mean") for r in one] == [r.get("reward/mean") for r in two] and len(one) >= 4
+        finish(launch(world, out / "log", each_file, str(out)), out / "log")
+    return out
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_every_file_does_in_two_processes_what_it_does_in_one(name, worlds):
+    one, two = metrics(worlds / "1" / name), metrics(worlds / "2" / name)
+    assert [r.get("reward/mean") for r in one] == [r.get("reward/mean") for r in two] and len(one) >= 3
     last = len(one) - 1
-    assert_close(weights(tmp_path / "1", last), weights(tmp_path / "2", last), 2e-5)
-    if name == "sdzero":  # the same traces in the same order, so the same are kept
-        assert (tmp_path / "1" / "traces.jsonl").read_bytes() == (tmp_path / "2" / "traces.jsonl").read_bytes()
-        resumes_in_phase_two(tmp_path, [*small, *FILES[name], "--out", str(tmp_path), "--name", "parts"], last)
+    assert_close(weights(worlds / "1" / name, last), weights(worlds / "2" / name, last), 2e-5)
 
 
-def resumes_in_phase_two(out: Path, flags: list[str], last: int) -> None:
-    """Two processes go on within the second phase, with its optimizer and its teacher, bit for bit."""
-    interrupted(out / "2", "parts", last - 1)
-    finish(launch(2, out / "log", run_file, "sdzero", [*flags, "--resume", "auto"]), out / "log")
-    assert_same_run(out / "2", out / "parts", last)
+def test_1_2_and_4_ranks_reach_the_same_weights_after_4_steps(worlds, tmp_path):
+    """Within 1e-5, at the demo's learning rate, with which weights move by up to 4e-4. The four ranks are two machines of
+    two (HSDP)."""
+    flags = [*FILES["grpo"], "--out", str(tmp_path), "--name", "grpo"]
+    finish(launch(4, tmp_path / "log", run_grpo, flags, local_world=2), tmp_path / "log")
+    one = weights(worlds / "1" / "grpo", 4)
+    for other in (worlds / "2" / "grpo", tmp_path / "grpo"):
+        assert_close(one, weights(other, 4), 1e-5)
+        assert [r.get("reward/mean") for r in metrics(worlds / "1" / "grpo")] == [r.get("reward/mean") for r in metrics(other)]
+    start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
+    assert max((one[n] - start[n]).abs().max() for n in one) > 2.4e-4
+
+
+def test_sdzeros_traces_are_the_same_in_the_same_order_so_the_same_are_kept(worlds):
+    one, two = ((worlds / world / "sdzero" / "traces.jsonl").read_bytes() for world in "12")
+    assert one == two
+
+
+def test_two_processes_resume_in_phase_two_bitwise(worlds):
+    """They go on within the second phase, with its optimizer and its teacher."""
+    out = worlds / "2"
+    last = len(metrics(out / "sdzero")) - 1
+    interrupted(out / "sdzero", "parts", last - 1)
+    flags = [*FILES["sdzero"], "--out", str(out), "--name", "parts", "--resume", "auto"]
+    finish(launch(2, worlds / "log", run_file, "sdzero", flags), worlds / "log")
+    assert_same_run(out / "sdzero", out / "parts", last)
+
+
+def test_a_rank_without_live_rows_does_not_hang_the_others(worlds):
+    """Rank 1 has no response with a gradient; three held-out problems do not divide by two."""
+    assert metrics(worlds / "2" / "one live rank")[0]["grad_norm"] > 0
+
+
+def as_a_user_runs_it(argv: list[str]) -> None:
+    grpo.main(parse(grpo.Args, grpo.presets, argv))
 
 
 def test_two_torchrun_launchers_on_two_nodes_train_one_model(tmp_path):
     """--nnodes=2 over the loopback device: the weights are those of two ranks on one machine."""
-    flags = [*SMALL, "--steps", "2", "--out", str(tmp_path)]
+    flags = [*SMALL, "--steps", "1", "--out", str(tmp_path)]
     rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=two"]
     nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
                                f"--node_rank={node}", "--local_addr=127.0.0.1", *rendezvous, "grpo.py", *flags, "--name",
@@ -85,9 +119,9 @@ def test_two_torchrun_launchers_on_two_nodes_train_one_model(tmp_path):
     for node in nodes:
         _, errors = node.communicate(timeout=300)
         assert node.returncode == 0, errors[-3000:]
-    finish(launch(2, tmp_path / "log", run_grpo, [*flags, "--name", "one"]), tmp_path / "log")
-    assert len(metrics(tmp_path / "nodes")) == 3
-    assert_close(weights(tmp_path / "one", 2), weights(tmp_path / "nodes", 2), 1e-5)
+    finish(launch(2, tmp_path / "log", as_a_user_runs_it, [*flags, "--name", "one"]), tmp_path / "log")
+    assert len(metrics(tmp_path / "nodes")) == 2 and metrics(tmp_path / "nodes")[0]["grad_norm"] > 0
+    assert_close(weights(tmp_path / "one", 1), weights(tmp_path / "nodes", 1), 1e-5)
 
 
 def hybrid(folder: str) -> None:
@@ -99,7 +133,10 @@ def hybrid(folder: str) -> None:
         os.environ["LOCAL_WORLD_SIZE"] = local
         policies.append(load_policy(CHAIN, CPU, Setup()))
         teachers.append(load_policy(CHAIN, CPU, Setup()))
-    assert [next(p.parameters()).device_mesh.ndim for p in policies] == [2, 1]
+    meshes = [next(p.parameters()).device_mesh for p in policies]
+    assert [mesh.ndim for mesh in meshes] == [2, 1]
+    for group in meshes[0].get_all_groups():  # as long as the default group of a run
+        assert group._get_backend(CPU).options._timeout == TIMEOUT
     optimizers = [torch.optim.AdamW(p.parameters(), lr=1e-4, fused=True) for p in policies]
     prompts, responses = [[1, 5 + rank]] * 3, [[7, 8, 9 + rank], [9, 2], [11]][: rank + 1]
     for step in range(2):
@@ -141,16 +178,3 @@ def hybrid(folder: str) -> None:
 def test_weights_sharded_on_each_of_two_machines_train_as_sharded_over_all(tmp_path):
     """HSDP against FSDP: gradients, clipping, blends, checkpoints; with ranks that have fewer rows, or none."""
     finish(launch(4, tmp_path / "log", hybrid, str(tmp_path), local_world=2), tmp_path / "log")
-
-
-def no_signal_on_rank_1(argv: list[str]) -> None:
-    advantages = grpo.advantages
-    grpo.advantages = lambda *args: advantages(*args) * (os.environ["RANK"] == "0")
-    run_grpo(argv)
-
-
-def test_a_rank_without_live_rows_does_not_hang_the_others(tmp_path):
-    """Rank 1 has no response with a gradient; three held-out problems do not divide by two."""
-    flags = [*SMALL, "--steps", "2", "--out", str(tmp_path), "--name", "r", "--minibatches", "2", "--token_budget", "100"]
-    finish(launch(2, tmp_path / "log", no_signal_on_rank_1, flags), tmp_path / "log")
-    assert [row["grad_norm"] > 0 for row in metrics(tmp_path / "r")[:2]] == [True, True]

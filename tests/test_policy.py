@@ -54,7 +54,7 @@ def test_packed_logprobs_equal_one_by_one(one_process):
     _, rollouts = some_rollouts(5)
     prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
     lm = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32)
-    policy = load_policy(CHAIN, CPU, Setup())
+    policy = load_policy(CHAIN, CPU, Setup(checkpointing=False))
     for budget, share in ((1, False), (100, False), (10_000, False), (10_000, True)):
         found = stats_of_each(policy, prompts, responses, budget, share)
         scored = score(policy, prompts, responses, budget)
@@ -138,7 +138,7 @@ def gradient(data: dict, budget: int, share: bool, out: str) -> None:
     prompts = [prompt for group in data["prompts"][mine] for prompt in group]
     responses = [response for group in data["responses"][mine] for response in group]
     lengths = torch.tensor([len(response) for response in responses]).view_as(rewards)
-    policy = load_policy(CHAIN, CPU, Setup(), share)
+    policy = load_policy(CHAIN, CPU, Setup(checkpointing=False), share)
     found = {}
     for name in ("grpo", "dapo", "gspo"):
         args = grpo.Args(loss=name, beta=0.0, tis=0.0, max_tokens=50)

@@ -18,7 +18,7 @@ import torch
 from conftest import CHAIN, ROOT
 from test_house import ALGORITHMS
 
-from common import rollouts, run, tasks
+from common import chat, rollouts, run, tasks
 from common import settings as common_settings
 from common.settings import parse
 from common.tasks import chain
@@ -62,6 +62,21 @@ def problems(heldout: int, train: int) -> tasks.Task:
         chain.SIZE = size
 
 
+@cache
+def ids_of(tokens, thinking: bool, *messages: tuple[str, str]) -> list[int]:
+    return chat.chat_ids(tokens, [dict(role=role, content=content) for role, content in messages], thinking)
+
+
+@pytest.fixture(scope="module")
+def measured_once(model):
+    """Commands measure the same thousands of prompts: each is tokenized once."""
+    tokens = chat.load_tokenizer(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "chat_ids", lambda _, messages, thinking=False: ids_of(
+            tokens, thinking, *((m["role"], m["content"]) for m in messages)))
+        yield
+
+
 def processes(command: str) -> tuple[int, int]:
     """→ (all, those of one machine)"""
     count = lambda flag: int((re.search(rf"--{flag}[= ](\d+)", command.partition(".py")[0]) or [0, 1])[1])
@@ -83,7 +98,7 @@ def many(monkeypatch, world: int, local: int) -> None:
 
 
 @pytest.mark.parametrize("page, command", EVERY, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EVERY)])
-def test_every_printed_command_dry_runs(page, command, model, tmp_path, monkeypatch, capsys):
+def test_every_printed_command_dry_runs(page, command, model, measured_once, tmp_path, monkeypatch, capsys):
     name = re.search(rf"({FILES})\.py", command)[1]
     module = importlib.import_module(name)
     args = parse(module.Args, module.presets, shlex.split(command.partition(".py")[2]))
@@ -153,7 +168,7 @@ def module_parameters():
 
 @pytest.mark.parametrize("name, flags, words", [
     ("grpo", ["--dynamic_sampling", "1", "--tensor_parallel", "2", "--sampler", "vllm"], "cannot sample different numbers of rounds"),
-    ("grpo", ["--share_prompts", "--checkpointing"], "choose one"),
+    ("grpo", ["--share_prompts", "--checkpointing"], "add --no-checkpointing"),
     ("rlsd", ["--dual_clip", "0.5"], "--dual_clip 0.5 must be above 1"),
     ("sdpo", ["--adv_clip", "5", "--granularity", "sampled"], "with --granularity logit or token"),
     ("sdpo", ["--kl", "jsd", "--granularity", "sequence"], "--granularity sequence needs the reverse KL: add --kl reverse"),

@@ -5,9 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,23 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CHAIN, ROOT, interrupted
-from ranks import finish, launch
+from conftest import CHAIN, GROUPS, ROOT, interrupted
+from ranks import another_port, finish, launch
 from ranks import run_grpo as grpo_in_a_rank
 from test_house import ALGORITHMS
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import grpo
-from common import checkpoints, rollouts
+from common import checkpoints, log, report, rollouts
+from common import run as runs
 from common.log import reduce_over_ranks
 from common.run import Run
 from common.settings import Setup, parse
 from common.verifiers import Verdict
 from common.verifiers.pool import Verifier
 
-SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "8", "--max_tokens", "48",
-         "--eval_every", "2", "--eval_samples", "1"]
+SMALL = [*GROUPS, "--eval_every", "2"]
 
 
 def run_grpo(out, *flags: str) -> None:
@@ -63,15 +60,38 @@ def assert_same_run(a, b, step: int) -> None:
     assert all(torch.equal(wa[n], wb[n]) for n in wa)
 
 
-def test_a_run_leaves_what_the_readme_promises(tmp_path):
-    run_grpo(tmp_path, "--steps", "2", "--name", "r", "--track", "tensorboard")
-    run = tmp_path / "r"
-    promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints"}
+def assert_same_report(a, b) -> None:
+    """What the report is made of, beside the metrics."""
+    assert (a / "heldout.jsonl").read_text() == (b / "heldout.jsonl").read_text()
+    first_examples = [(run / "example.jsonl").read_text().splitlines()[0] for run in (a, b)]
+    assert first_examples[0] == first_examples[1]
+
+
+FOUR_STEPS = ["--steps", "4", "--save_every", "2"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder of a run `r` of four steps with checkpoints after two and four. Nothing may be written to it."""
+    out = tmp_path_factory.mktemp("runs")
+    model = shutil.copytree(CHAIN, out / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": 0}')  # not what ends a turn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "draw_curves", log.draw_curves)
+        patch.setattr(runs, "write_report", report.write_report)
+        run_grpo(out, "--model", str(model), *FOUR_STEPS, "--name", "r", "--track", "tensorboard")
+    return out
+
+
+def test_a_run_leaves_what_the_readme_promises(finished_run):
+    run = finished_run / "r"
+    promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints", "report.html"}
     assert {p.name for p in run.iterdir()} >= promised
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG") and list((run / "tensorboard").iterdir())
-    assert json.loads((run / "args.json").read_text())["steps"] == 2
+    assert json.loads((run / "args.json").read_text())["steps"] == 4
     rows = metrics(run)
-    assert [row["step"] for row in rows] == [0, 1, 2] and "heldout/pass@1" in rows[0] and "heldout/pass@1" in rows[2]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert ["heldout/pass@1" in row for row in rows] == [True, False, True, False, True]
     wanted = {"reward/mean", "grad_norm", "entropy", "clip_frac", "frac_zero_std", "frac_truncated", "length/mean",
               "mismatch/kl", "mismatch/max_abs_dlogp", "mismatch/tis"}
     assert wanted <= rows[0].keys() and rows[0]["mismatch/max_abs_dlogp"] < 1e-4
@@ -82,52 +102,89 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Compute 23+45."}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+    assert set(GenerationConfig.from_pretrained(folder).eos_token_id) == {0, tokenizer.eos_token_id}
     dumped = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     assert dumped.keys() >= {"step", "id", "response", "reward"}
+
+
+def test_four_steps_are_two_and_a_resume_and_two_bitwise(finished_run, tmp_path):
+    """As a shorter run leaves its folder."""
+    flags = ["--model", str(finished_run / "model"), "--name", "parts"]
+    run_grpo(tmp_path, "--steps", "2", *flags)
+    run_grpo(tmp_path, "--steps", "4", *flags, "--resume", "auto")
+    assert_same_run(finished_run / "r", tmp_path / "parts", 4)
 
 
 EVERYTHING = ["--minibatches", "2", "--epochs", "2", "--beta", "0.04", "--dynamic_sampling", "1"]
 
 
-@pytest.mark.parametrize("flags", [[], EVERYTHING], ids=["plain", "everything"])
-def test_six_steps_are_three_and_a_resume_and_three_bitwise(flags, tmp_path):
-    run_grpo(tmp_path, "--steps", "6", "--save_every", "3", "--name", "whole", *flags)
-    if flags:  # as a kill leaves it
-        interrupted(tmp_path / "whole", "parts", 3)
-    else:  # as a shorter run leaves it
-        run_grpo(tmp_path, "--steps", "3", "--name", "parts")
-    run_grpo(tmp_path, "--steps", "6", "--name", "parts", "--resume", "auto", *flags)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
+def test_two_steps_with_everything_are_one_and_a_resume_and_one_bitwise(tmp_path):
+    """As a kill leaves the folder."""
+    run_grpo(tmp_path, "--steps", "2", "--save_every", "1", "--name", "whole", *EVERYTHING)
+    interrupted(tmp_path / "whole", "parts", 1)
+    run_grpo(tmp_path, "--steps", "2", "--name", "parts", "--resume", "auto", *EVERYTHING)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 2)
+    assert_same_report(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_six_steps_are_three_and_a_resume_and_three_bitwise_in_two_processes(tmp_path):
-    flags = [*SMALL, "--out", str(tmp_path), "--steps", "6", "--save_every", "3", "--name"]
-    finish(launch(2, tmp_path / "log", grpo_in_a_rank, [*flags, "whole"]), tmp_path / "log")
-    interrupted(tmp_path / "whole", "parts", 3)
-    resume = [*flags, "parts", "--resume", "auto"]
-    finish(launch(2, tmp_path / "log", grpo_in_a_rank, resume), tmp_path / "log")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
+def whole_part_and_resumed(out: str) -> None:
+    """On each rank: a run, a resume of a copy that ends earlier, and a run without any signal."""
+    flags = [*SMALL, "--out", out]
+    grpo_in_a_rank([*flags, *FOUR_STEPS, "--name", "whole"])
+    another_port()
+    if os.environ["RANK"] == "0":  # the other waits for it
+        interrupted(Path(out) / "whole", "parts", 2)
+    grpo_in_a_rank([*flags, *FOUR_STEPS, "--name", "parts", "--resume", "auto"])
+    another_port()
+    grpo_in_a_rank([*flags, "--max_tokens", "2", "--steps", "1", "--name", "zero"])
 
 
-def test_a_kill_in_the_middle_of_a_checkpoint_resumes_from_the_previous_one(tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    finish(launch(2, out / "log", whole_part_and_resumed, str(out)), out / "log")
+    return out
+
+
+def test_four_steps_are_two_and_a_resume_and_two_bitwise_in_two_processes(two_processes):
+    assert_same_run(two_processes / "whole", two_processes / "parts", 4)
+    assert_same_report(two_processes / "whole", two_processes / "parts")
+    assert "resumed from" in (two_processes / "log").read_text()
+
+
+def test_the_manifest_lists_the_files_of_both_processes(two_processes):
+    folder = two_processes / "whole" / "checkpoints" / "step_000004"
+    written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    listed = json.loads((folder / "manifest.json").read_text())
+    assert len([name for name in written if name.endswith(".distcp")]) == 2
+    assert listed.keys() == written - {"manifest.json"}  # each rank's files and the first one's
+
+
+def test_groups_with_equal_rewards_are_counted_and_change_nothing(two_processes):
+    """A model that cannot answer in two tokens: every reward is 0, no gradient, no NaN, no hang in two processes."""
+    rows = metrics(two_processes / "zero")
+    assert rows[0]["frac_zero_std"] == 1 and rows[0]["frac_truncated"] == 1 and rows[0]["grad_norm"] == 0
+    start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
+    assert all(torch.equal(w, start[n]) for n, w in weights(two_processes / "zero", 1).items())
+
+
+def test_a_kill_in_the_middle_of_a_checkpoint_resumes_from_the_previous_one(finished_run, tmp_path):
     """SIGKILL at the moment the second checkpoint has files but is not complete."""
-    run_grpo(tmp_path, "--steps", "4", "--save_every", "2", "--name", "whole")
-    command = [sys.executable, "grpo.py", *SMALL, "--out", str(tmp_path), "--name", "killed", "--steps", "4",
-               "--save_every", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = [*SMALL, "--out", str(tmp_path), *FOUR_STEPS, "--name", "killed"]
+    process, = launch(1, tmp_path / "log", grpo_in_a_rank, flags)
     checkpoints = tmp_path / "killed" / "checkpoints"
     deadline = time.time() + 120
     while time.time() < deadline and not (checkpoints / "tmp-step_000004" / "state").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+        assert process.is_alive(), "the run ended before it could be killed"
+    process.kill()
+    process.join()
     if (checkpoints / "step_000004").exists():  # the machine was faster than this test: undo the finished one
         shutil.rmtree(checkpoints / "step_000004")
     assert (checkpoints / "step_000002").exists()
     (checkpoints / "tmp-step_000003").mkdir()  # of a kill that no later save overwrites
-    run_grpo(tmp_path, "--steps", "4", "--save_every", "2", "--name", "killed", "--resume", "auto")
+    run_grpo(tmp_path, *FOUR_STEPS, "--name", "killed", "--resume", "auto")
     assert not list(checkpoints.glob("tmp-*"))
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 4)
+    assert_same_run(finished_run / "r", tmp_path / "killed", 4)
 
 
 @pytest.mark.parametrize("victim", ["model.safetensors", "state/__0_0.distcp", "trainer.json"])
@@ -135,7 +192,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_resumes_from_the_previous_one(tmp_
 def test_a_damaged_checkpoint_is_an_error_that_names_the_file(victim, damage, finished_run, tmp_path):
     out = tmp_path / "runs"
     shutil.copytree(finished_run, out)
-    file = out / "r" / "checkpoints" / "step_000002" / victim
+    file = out / "r" / "checkpoints" / "step_000004" / victim
     data = bytearray(file.read_bytes())
     if damage == "flip":
         data[len(data) // 2] ^= 1
@@ -145,29 +202,22 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(victim, damage, fi
     else:
         file.unlink()
     with pytest.raises(SystemExit, match=re.escape(victim)):
-        run_grpo(out, "--steps", "3", "--name", "r", "--resume", "auto")
+        run_grpo(out, "--steps", "5", "--name", "r", "--resume", "auto")
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs")
-    run_grpo(out, "--steps", "2", "--name", "r")
-    return out
-
-
-def test_going_back_past_later_checkpoints_is_refused_until_they_are_moved(tmp_path):
+def test_going_back_past_later_checkpoints_is_refused_until_they_are_moved(finished_run, tmp_path):
     """They would be resumed, or kept in place of the new ones."""
-    run_grpo(tmp_path, "--steps", "2", "--save_every", "1", "--name", "r")
+    shutil.copytree(finished_run / "r", tmp_path / "r")
     folder = tmp_path / "r" / "checkpoints"
-    back = ["--steps", "2", "--name", "r", "--resume", str(folder / "step_000001")]
-    with pytest.raises(SystemExit, match=r"step_000002 is later than .*step_000001"):
+    back = ["--steps", "3", "--name", "r", "--resume", str(folder / "step_000002")]
+    with pytest.raises(SystemExit, match=r"step_000004 is later than .*step_000002"):
         run_grpo(tmp_path, *back)
     torch.distributed.destroy_process_group()
-    assert len(metrics(tmp_path / "r")) == 3  # nothing was dropped
-    (folder / "step_000002").rename(tmp_path / "aside")
+    assert len(metrics(tmp_path / "r")) == 5  # nothing was dropped
+    (folder / "step_000004").rename(tmp_path / "aside")
     run_grpo(tmp_path, *back)
-    assert (folder / "step_000002").exists() and len(metrics(tmp_path / "r")) == 3
+    assert (folder / "step_000003").exists() and len(metrics(tmp_path / "r")) == 4
 
 
 @pytest.mark.parametrize("mixed_of_four, rounds, left", [(1, 3, 0.25), (2, 2, 0.0), (4, 1, 0.0), (0, 3, 1.0)])
@@ -178,48 +228,34 @@ def test_dynamic_sampling_refills_up_to_its_rounds_and_then_takes_what_it_has(mi
     monkeypatch.setattr(rollouts, "take", take)
 
     def verdicts(self, problems, texts):
-        if len(texts) == 8:  # the held-out problems
-            return [Verdict(0.0)] * 8
+        if len(texts) == 4:  # the held-out problems
+            return [Verdict(0.0)] * 4
         judged.append(len(texts))
         return [Verdict(float(i % 4 == 0 and i // 4 < mixed_of_four)) for i in range(len(texts))]
 
     monkeypatch.setattr(Verifier, "__call__", verdicts)
     monkeypatch.setattr(Verifier, "check", lambda *_: None)
-    run_grpo(tmp_path, "--steps", "1", "--name", "refill", "--dynamic_sampling", "2")
+    run_grpo(tmp_path, "--steps", "1", "--name", "refill", "--dynamic_sampling", "2", "--max_tokens", "4")
     row = metrics(tmp_path / "refill")[0]
     assert len(judged) == rounds and len(set(starts)) == len(starts) == rounds and row["frac_zero_std"] == left
 
 
-def test_a_new_run_does_not_touch_an_old_one(finished_run):
-    before = (finished_run / "r" / "metrics.jsonl").read_bytes()
-    run_grpo(finished_run, "--steps", "1", "--name", "r")
-    assert (finished_run / "r" / "metrics.jsonl").read_bytes() == before
-    assert (finished_run / "r-2" / "metrics.jsonl").exists()
-
-
 def test_a_checkpoint_is_resumed_with_the_adapters_it_was_trained_with(finished_run, tmp_path):
-    checkpoint = str(finished_run / "r" / "checkpoints" / "step_000002")
+    checkpoint = str(finished_run / "r" / "checkpoints" / "step_000004")
     with pytest.raises(SystemExit, match="was trained with --lora_rank 0") as error:
         run_grpo(tmp_path, "--resume", checkpoint, "--lora_rank", "4")
     torch.distributed.destroy_process_group()
     assert "\n" not in str(error.value)
 
 
-def test_eval_only_evaluates_and_trains_nothing(finished_run, tmp_path):
-    run_grpo(tmp_path, "--eval_only", "--model", str(finished_run / "r" / "checkpoints" / "step_000002"), "--name", "e")
-    row, = metrics(tmp_path / "e")
+def test_eval_only_evaluates_and_trains_nothing_and_a_new_run_does_not_touch_an_old_one(finished_run):
+    before = (finished_run / "r" / "metrics.jsonl").read_bytes()
+    trained = finished_run / "r" / "checkpoints" / "step_000004"
+    run_grpo(finished_run, "--eval_only", "--model", str(trained), "--name", "r")
+    row, = metrics(finished_run / "r-2")
     assert row["heldout/pass@1"] == metrics(finished_run / "r")[-1]["heldout/pass@1"]
-    assert not list((tmp_path / "e" / "checkpoints").iterdir())
-
-
-def test_groups_with_equal_rewards_are_counted_and_change_nothing(tmp_path):
-    """A model that cannot answer in two tokens: every reward is 0, no gradient, no NaN, no hang in two processes."""
-    flags = [*SMALL, "--max_tokens", "2", "--steps", "2", "--out", str(tmp_path), "--name", "zero"]
-    finish(launch(2, tmp_path / "log", grpo_in_a_rank, flags), tmp_path / "log")
-    rows = metrics(tmp_path / "zero")
-    assert rows[0]["frac_zero_std"] == 1 and rows[0]["frac_truncated"] == 1 and rows[0]["grad_norm"] == 0
-    start = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32).state_dict()
-    assert all(torch.equal(w, start[n]) for n, w in weights(tmp_path / "zero", 2).items())
+    assert not list((finished_run / "r-2" / "checkpoints").iterdir())
+    assert (finished_run / "r" / "metrics.jsonl").read_bytes() == before
 
 
 def first_edition(folder) -> None:
@@ -354,6 +390,6 @@ def test_a_metric_is_the_mean_over_all_values_of_all_ranks_and_max_their_maximum
 
 @pytest.mark.parametrize("name", list(grpo.VARIANTS))
 def test_every_variant_trains_from_one_command(name, tmp_path):
-    run_grpo(tmp_path, "--loss", name, "--steps", "2", "--name", name)
-    row = metrics(tmp_path / name)[1]
-    assert row["grad_norm"] == row["grad_norm"] and row["lr"] == 1e-4
+    run_grpo(tmp_path, "--loss", name, "--steps", "1", "--name", name)
+    row = metrics(tmp_path / name)[0]
+    assert row["grad_norm"] > 0 and row["lr"] == 1e-4

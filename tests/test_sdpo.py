@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAIN, interrupted, policy_loss
+from conftest import CHAIN, GROUPS, interrupted, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import assert_same_run, metrics, teacher_gaps
@@ -227,8 +227,7 @@ def test_an_average_moves_by_one_percent_of_the_student_in_fp32(one_process):
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(full_weights(teacher), full_weights(student)))
 
 
-SMALL = ["--demo", "--model", CHAIN, "--batch_size", "4", "--group_size", "4", "--heldout", "8", "--max_tokens", "48",
-         "--eval_every", "3", "--eval_samples", "1"]
+SMALL = [*GROUPS, "--eval_every", "3"]
 
 
 def run(out, *flags):
@@ -237,12 +236,12 @@ def run(out, *flags):
 
 @pytest.mark.parametrize("flags", [[], ["--minibatches", "2", "--lam", "0.9", "--top_k", "20", "--kl", "jsd"]], ids=["demo", "many"])
 def test_a_resume_includes_the_teacher_bitwise(flags, tmp_path):
-    flags = ["--steps", "3", "--save_every", "2", *flags]
+    flags = ["--steps", "2", "--save_every", "1", *flags]
     run(tmp_path, *flags, "--name", "whole")
-    parts = interrupted(tmp_path / "whole", "parts", 2)
+    parts = interrupted(tmp_path / "whole", "parts", 1)
     run(tmp_path, *flags, "--name", "parts", "--resume", "auto")
-    assert_same_run(tmp_path / "whole", parts, 3)
-    from_start, from_student = teacher_gaps(parts, 3)
+    assert_same_run(tmp_path / "whole", parts, 2)
+    from_start, from_student = teacher_gaps(parts, 2)
     assert from_start > 0 and from_student > 0
     row = metrics(parts)[0]
     assert {"context/solution", "context/feedback", "context/none", "kl/right", "kl/wrong", "teacher/accuracy",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAIN, policy_loss
+from conftest import CHAIN, TASK, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import assert_same_run, metrics, weights
@@ -193,15 +193,15 @@ def test_the_schedule_of_phase_1_warms_up_and_ends_at_zero():
     assert all(a <= b for a, b in zip(lr[:10], lr[1:10])) and all(a >= b for a, b in zip(lr[10:], lr[11:]))
 
 
-SMALL = ["--demo", "--model", CHAIN, "--heldout", "8", "--srt_questions", "16", "--kept_traces", "24", "--srt_batch", "8",
-         "--srt_epochs", "1", "--sd_questions", "16", "--batch_size", "8", "--eval_every", "3", "--max_tokens", "64"]
+SMALL = [*TASK, "--srt_questions", "8", "--kept_traces", "12", "--srt_batch", "4", "--srt_epochs", "1",
+         "--srt_max_tokens", "32", "--sd_questions", "8", "--batch_size", "4", "--eval_every", "3"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_batches():
     """A collection of several batches, and every checkpoint kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sdzero, "COLLECT_BATCH", 4)
+        patch.setattr(sdzero, "COLLECT_BATCH", 2)
         patch.setattr(checkpoints, "KEPT", 100)
         yield
 
@@ -224,7 +224,7 @@ def updates(folder) -> int:
 def test_both_phases_run_and_report(whole):
     rows = metrics(whole)
     n = updates(whole)
-    assert n >= 1 and sum(row.get("phase") == 2 for row in rows) == 4  # 16 questions by 8, twice
+    assert n >= 1 and sum(row.get("phase") == 2 for row in rows) == 4  # 8 questions by 4, twice
     assert {"srt/loss", "budget/loss_tokens"} <= rows[0].keys()
     assert {"kl/right", "kl/wrong", "teacher/copies_wrong", "teacher/entropy", "revise/pass@1", "heldout/length",
             "budget/sampled_tokens"} <= rows[n].keys()
@@ -234,13 +234,13 @@ def test_both_phases_run_and_report(whole):
 def test_the_phases_never_share_a_question(whole):
     phase1 = {row["id"] for row in map(json.loads, (whole / "traces.jsonl").read_text().splitlines()) if "id" in row}
     phase2 = {row["id"] for row in map(json.loads, (whole / "rollouts.jsonl").read_text().splitlines())}
-    heldout = {p.id for p in load_task("chain", heldout=8).heldout}
+    heldout = {p.id for p in load_task("chain:3", heldout=4).heldout}
     assert phase1 and phase2 and not phase1 & phase2 and not (phase1 | phase2) & heldout
 
 
 def test_collection_counts_what_it_sampled(whole):
     traces, batches, _ = sdzero.read_traces(whole / "traces.jsonl")
-    assert len(batches) == 4 and sum(b["generations"] for b in batches) == 16 + 48 and len(traces) == 48
+    assert len(batches) == 4 and sum(b["generations"] for b in batches) == 8 + 24 and len(traces) == 24
     inits = {(t.id, tuple(t.init_ids)) for t in traces}
     assert sum(b["sampled_tokens"] for b in batches) >= sum(len(t.revised_ids) for t in traces) + len(inits)
 
@@ -298,7 +298,7 @@ def test_a_kill_in_the_middle_of_the_collection_goes_on_where_it_stopped(whole, 
     with open(path, "ab") as f:  # what a kill in the middle of an append leaves
         f.write(json.dumps(some_trace()._asdict()).encode() + b'\n{"id": "half a li')
     run(tmp_path, *flags, "--resume", "auto")
-    assert asked == [0, 4, 8, 8, 12]
+    assert asked == [0, 2, 4, 4, 6]
     assert path.read_bytes().startswith(kept) and path.read_bytes() == (whole / "traces.jsonl").read_bytes()
 
 
@@ -314,7 +314,7 @@ def test_baselines_train_on_their_own_data(baseline, tmp_path):
     run(tmp_path, "--name", baseline, "--phase", "srt", "--baseline", baseline)
     traces, batches, _ = sdzero.read_traces(tmp_path / baseline / "traces.jsonl")
     assert all(not t.init_ids and not t.control_ids for t in traces) and metrics(tmp_path / baseline)[0]["grad_norm"] > 0
-    assert sum(b["generations"] for b in batches) == (64 if baseline == "rft" else 0)
+    assert sum(b["generations"] for b in batches) == (32 if baseline == "rft" else 0)
 
 
 def test_phase_2_alone_starts_from_the_model_as_it_is(tmp_path):
@@ -329,30 +329,24 @@ def test_phase_2_alone_starts_from_the_model_as_it_is(tmp_path):
 
 def test_the_phases_share_no_question_of_a_mixture_either(tmp_path):
     """A mixture comes part by part and repeats parts of large weight; both phases see all parts, and never the same question."""
-    parts = {}
-    for name, terms in (("two", 1), ("three", 2)):
-        parts[name] = tmp_path / f"{name}.jsonl"
-        sums = [[a, *range(b, b + terms)] for a in range(10, 16) for b in range(20, 30)]
-        parts[name].write_text("".join(json.dumps({"question": f"Compute {'+'.join(map(str, x))}.", "answer": str(sum(x))}) + "\n"
-                                       for x in sums))
-    run(tmp_path, "--name", "mixed", "--task", f"1*jsonl:{parts['two']}+3*jsonl:{parts['three']}", "--heldout", "4",
-        "--srt_questions", "40", "--sd_questions", "48")
+    run(tmp_path, "--name", "mixed", "--task", "1*chain:3+3*chain:4", "--srt_max_tokens", "40", "--srt_questions", "12",
+        "--sd_questions", "24", "--eval_every", "9")
     lines = (tmp_path / "mixed" / "traces.jsonl").read_text().splitlines()
     asked = {row["id"] for row in map(json.loads, lines) if "id" in row}
     later = {row["id"] for row in map(json.loads, (tmp_path / "mixed" / "rollouts.jsonl").read_text().splitlines())}
-    two = {p.id for p in load_task(f"jsonl:{parts['two']}", heldout=0).train}
-    assert not asked & later and asked & two and asked - two and later & two and later - two
+    three = {p.id for p in load_task("chain:3", heldout=0).train}
+    assert not asked & later and asked & three and asked - three and later & three and later - three
 
 
 def test_every_held_out_sample_that_is_asked_for_counts(tmp_path):
     run(tmp_path, "--name", "many", "--eval_only", "--eval_samples", "3")
-    assert (metrics(tmp_path / "many")[0]["heldout/pass@1"] * 24) % 1 == pytest.approx(0, abs=1e-9)
+    assert (metrics(tmp_path / "many")[0]["heldout/pass@1"] * 12) % 1 == pytest.approx(0, abs=1e-9)
     run(tmp_path, "--name", "one", "--eval_only")
     assert metrics(tmp_path / "many")[0]["heldout/pass@1"] != metrics(tmp_path / "one")[0]["heldout/pass@1"]
 
 
 def test_traces_that_this_runs_questions_are_in_are_refused(whole, tmp_path):
-    for flags in (["--srt_questions", "8"], ["--heldout", "200"]):  # then phase 2 or the held-out set has some of them
+    for flags in (["--srt_questions", "4"], ["--heldout", "100"]):  # then phase 2 or the held-out set has some of them
         with pytest.raises(SystemExit, match="of its questions are held out or phase 2's"):
             run(tmp_path, "--name", "leaky", "--traces", str(whole / "traces.jsonl"), *flags)
         torch.distributed.destroy_process_group()
@@ -365,7 +359,7 @@ def test_a_checkpoint_under_another_name_does_not_collect_anew(whole, tmp_path):
 
 
 def test_no_right_revision_ends_with_advice(tmp_path):
-    with pytest.raises(SystemExit, match=r"no trace is left.* 0 of 48 end right.*raise --revisions"):
+    with pytest.raises(SystemExit, match=r"no trace is left.* 0 of 24 end right.*raise --revisions"):
         run(tmp_path, "--name", "none", "--srt_max_tokens", "2")
     torch.distributed.destroy_process_group()
 

@@ -18,22 +18,16 @@ from conftest import CHAIN
 from test_house import ALGORITHMS
 
 from common import check_hub, checkpoints, rollouts, run, tasks
+from common.architecture import check_path
 from common.chat import chat_ids, load_tokenizer
 from common.log import make_tracker
-from common.policy import check_path
 from common.rollouts import Rollouts
 from common.run import rendezvous, unwritable
 from common.settings import FIXED, FREE, Setup, check_settings, flat, parse
+from common.verifiers.pool import Verifier
 
-SMALL = ["--batch_size", "2", "--group_size", "2", "--heldout", "4", "--max_tokens", "16", "--eval_samples", "1",
+SMALL = ["--batch_size", "2", "--group_size", "2", "--heldout", "4", "--max_tokens", "8", "--eval_samples", "1",
          "--eval_every", "9"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_problems():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.tasks.chain.SIZE", 64)
-        yield
 
 
 def args_of(name: str, *flags: str):
@@ -169,7 +163,7 @@ def test_a_dry_run_says_what_a_step_is_made_of_and_leaves_nothing(name, tmp_path
     responses = 4 if name == "sdzero" else 32
     assert f"4 questions, {responses} responses of at most" in said and "1 update(s); 1 process(es)" in said
     assert "Qwen3ForCausalLM" in said and "context 1,024 tokens" in said and "4 held out" in said
-    assert re.search(r"memory  per process: 0\.0\d\d GiB", said) and "--eval_every " in said
+    assert re.search(r"memory  per process, GiB, counted(.*\n)+ +0\.\d{3}  at most", said) and "--eval_every " in said
     assert "dry run: " in said and not list(tmp_path.iterdir())
 
 
@@ -231,7 +225,7 @@ def the_hub(monkeypatch, answer) -> None:
     (RuntimeError("Name or service not known\nmore"), "the hub cannot be reached (Name or service not known)")])
 def test_a_hub_id_that_is_not_there_costs_one_request(answer, words, monkeypatch):
     the_hub(monkeypatch, answer)
-    monkeypatch.setattr("common.policy.AutoConfig.from_pretrained", lambda path: pytest.fail("it tries six times"))
+    monkeypatch.setattr("common.architecture.AutoConfig.from_pretrained", lambda path: pytest.fail("it tries six times"))
     assert words in refusal(check_path, "Qwen/Qwen3-0.6C")
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("it tries six times"))
     assert words in refusal(tasks.load_problems, "hf:nobody/nothing")
@@ -253,7 +247,7 @@ def test_a_model_that_is_no_path_and_no_id_is_refused(path, words):
 
 @pytest.mark.parametrize("spec, words", [
     ("chain:0", "after the colon"), ("chain:x", "after the colon"), ("chain:-1", "after the colon"),
-    ("chain:1", "no 68 different sums"), ("0*chain+1*chain:4", "the weight of chain is 0"),
+    ("chain:1", "no 132 different sums"), ("0*chain+1*chain:4", "the weight of chain is 0"),
     ("1*nothing+1*chain", "unknown source 'nothing'"), ("", "unknown source ''"), ("gsm9k", "unknown source 'gsm9k'"),
     ("jsonl:EMPTY", "0 different problems"), ("jsonl:", "no such file"), ("1000000*chain+1*chain:4", "bring the weights nearer"),
 ])
@@ -291,9 +285,15 @@ def long_question(folder: Path, words: int) -> str:
     return f"jsonl:{folder}/q.jsonl"
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """References are not checked: that takes processes, and is a law of test_verifiers.py."""
+    monkeypatch.setattr(Verifier, "check", lambda *_: None)
+
+
 @pytest.mark.parametrize("dry", [["--dry_run"], []])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_one_training_question_too_long_for_the_context_is_named_at_start(name, dry, tmp_path):
+def test_one_training_question_too_long_for_the_context_is_named_at_start(name, dry, tmp_path, unchecked):
     spec = long_question(tmp_path, 1000)
     flags = ["--task", spec, "--heldout", "4", "--out", str(tmp_path), "--batch_size", "2"]
     if name == "sdzero":
@@ -341,7 +341,7 @@ def test_a_start_checks_the_teachers_longest_prompt_as_a_dry_run_does(name, flag
     assert said[0] == said[1] and prompt in said[0] and "2 × --" in said[0]
 
 
-def test_a_teachers_reference_that_is_longer_than_its_question_counts(tmp_path):
+def test_a_teachers_reference_that_is_longer_than_its_question_counts(tmp_path, unchecked):
     rows = [{"question": f"What is {i}+{i}?", "answer": str(2 * i), "solution": "so " * 1200} for i in range(30)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--dry_run", "--task", f"jsonl:{tmp_path}/q.jsonl", "--heldout", "4", "--out", str(tmp_path)]
@@ -419,10 +419,10 @@ def test_a_resume_may_change_the_machine_and_says_what_else_changed(trained, cap
     spelled = os.path.relpath(CHAIN, os.getcwd())
     flags = [f for f in resumed(trained) if f != "--dry_run"]
     start("grpo", *flags, "--model", spelled, "--token_budget", "999", "--save_every", "1", "--steps", "3",
-          "--lr", "1e-5", "--max_tokens", "8")
+          "--lr", "1e-5", "--max_tokens", "4")
     said = capsys.readouterr().out
     assert "resumed from" in said
-    assert "changed since that checkpoint: --max_tokens 16 → 8  --lr 0.0001 → 1e-05\n" in said
+    assert "changed since that checkpoint: --max_tokens 8 → 4  --lr 0.0001 → 1e-05\n" in said
     assert len((trained.parent.parent / "metrics.jsonl").read_text().splitlines()) == 4
 
 

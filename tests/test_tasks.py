@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.tasks import Problem, chain, code, load_problems, load_task, take
+from common.tasks import Problem, chain, code, gym, load_problems, load_task, take
 from common.tasks.chain import chain_problems
 from common.tasks.kinds import as_problem
 from common.tasks.maths import INSTRUCTION
@@ -39,7 +39,7 @@ def test_the_order_is_a_pure_function_of_seed_and_position(size, start, a, b, se
     assert Counter(p.id for p in epoch) == Counter(p.id for p in problems)  # each once an epoch
 
 
-@pytest.mark.parametrize("spec", ["chain", "chain:10", "gym:basic_arithmetic", "jsonl"])
+@pytest.mark.parametrize("spec", ["chain", "chain:10", "jsonl"])
 def test_train_and_heldout_share_no_question(spec, tmp_path):
     spec = write(tmp_path / "a.jsonl", sums(50) + sums(20)) if spec == "jsonl" else spec
     task = load_task(spec, heldout=16)
@@ -298,8 +298,9 @@ def test_records_of_the_hub_are_read_too(monkeypatch):
 def test_any_generated_dataset_has_its_own_instruction():
     p = load_task("gym:leg_counting", heldout=2).heldout[0]
     assert p.kind == "gym" and p.messages[0]["content"].endswith("between <answer> and </answer>.")
-    with pytest.raises(SystemExit, match="error: --task gym:nothing: "):
-        load_task("gym:nothing", heldout=1)
+    for name, words in (("nothing", "not registered"), ("", "not registered"), ("composite", "Must specify at least one")):
+        with pytest.raises(SystemExit, match=f"^error: --task gym:{name}: .*{words}"):
+            load_task(f"gym:{name}", heldout=1)
 
 
 @pytest.mark.parametrize("given, shown", [
@@ -313,3 +314,110 @@ def test_of_several_solutions_the_first_is_shown_as_text(given, shown):
 def test_a_solution_that_is_no_text_is_refused_in_words(given):
     with pytest.raises(SystemExit, match="here: field 'ways' must be a text or a list of texts"):
         as_problem({"problem": "1?", "answer": "27", "ways": given}, "here", "solution=ways", None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generated problems
+# ---------------------------------------------------------------------------------------------------------------------
+SCORERS = {  # what a made-up scorer pays for (answer, the right one, the answer of another problem)
+    "exact": lambda text, right: float(text == right),
+    "a floor": lambda text, right: 1.0 if text == right else 0.01,
+    "partial": lambda text, right: 1.0 if text == right else 0.9 if text.isdecimal() and text != "0" else 0.0,
+    "a little": lambda text, right: 1.0 if text == right else 0.2 if text.isdecimal() and text != "0" else 0.0,
+    "anything": lambda text, right: float(text != ""),
+    "empty": lambda text, right: float(text in ("", right)),
+    "others": lambda text, right: float(text.isdecimal() and text != "0"),
+    "nothing": lambda text, right: 0.5,
+    "broken": lambda text, right: 1 / (text == right),
+}
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """gym.ask without a process: problem i asks for i + 7; SCORERS score. It counts the problems that it made."""
+    made = []
+
+    def ask(kind, name, *request, number=0):
+        if kind == gym.SCORE:
+            answer, entry = request
+            try:
+                return SCORERS[name](answer, entry["answer"])
+            except ArithmeticError as error:
+                raise gym.Unmade("ZeroDivisionError") from error
+        _, seed, index = request
+        made.append((seed, index))
+        number = index + seed // gym.STRIDE
+        number = number % 3 if name == "few" else number
+        return {"question": f"{number} + 7?", "answer": None if name == "open" else str(number + 7)}
+
+    monkeypatch.setitem(SCORERS, "few", SCORERS["exact"])
+    monkeypatch.setitem(SCORERS, "open", lambda text, right: 0.0)
+    monkeypatch.setattr(gym, "ask", ask)
+    return made
+
+
+@pytest.mark.parametrize("name, reward, floor, words", [
+    ("exact", "score", 0, None), ("a floor", "score", 0.01, "pays up to 0.01 for an empty or wrong answer"),
+    ("a floor", "full", 0.01, None), ("partial", "score", 0.9, "pays up to 0.9 for an empty or wrong answer"),
+    ("a little", "score", 0, "pays up to 0.2 for the answer of another problem; --gym_reward full pays right answers alone"),
+    ("broken", "score", 0, None), ("open", "score", 0, None)])
+def test_what_a_scorer_pays_for_nonsense_counts_as_nothing_and_is_told(made_up, name, reward, floor, words):
+    task = load_task(f"gym:{name}", heldout=5, gym_reward=reward)
+    meta = task.heldout[0].meta
+    assert (meta["reward"], meta["floor"]) == (reward, floor)
+    assert task.notes == () if words is None else words in task.notes[0]
+    assert name != "open" or (task.heldout[0].answer is None and task.train[0].answer is None)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("anything", "its scorer pays 'zzz' in full"), ("empty", "its scorer pays '' in full"),
+    ("others", "its scorer pays the answers of other problems in full"), ("nothing", "its scorer pays 0.5 for the set's own answer")])
+def test_a_scorer_that_pays_wrong_answers_is_refused(made_up, name, words):
+    with pytest.raises(SystemExit, match=f"error: --task gym:{name}: {words}"):
+        load_task(f"gym:{name}", heldout=5)
+
+
+@pytest.mark.parametrize("paid, full, score", [(1.0, 1, 1), (0.95, 0, 0.95), (0.01, 0, 0), (float("nan"), 0, 0), (2.0, 1, 1), (-1.0, 0, 0)])
+def test_a_partial_score_is_paid_only_if_a_flag_says_so(monkeypatch, paid, full, score):
+    monkeypatch.setattr(gym.gym_maker, "score", lambda *_: paid)
+    for reward, right in (("full", full), ("score", score)):
+        problem = Problem("p", [], kind="gym", meta={"gym": "x", "entry": {}, "reward": reward, "floor": 0.01})
+        assert gym.judge(problem, "<answer>7</answer>").reward == right
+
+
+def test_generated_problems_are_made_as_they_are_needed_and_none_is_held_out_too(made_up):
+    task = load_task("gym:exact", heldout=50)
+    assert len(task.train) == gym.SIZE and len(task.heldout) == 50 and len(made_up) < 60
+    first = take(task.train, seed=1, start=0, count=20)
+    assert len(made_up) < 90 and not set(questions(first)) & set(questions(task.heldout))
+    again = load_task("gym:exact", heldout=50)  # a resume, another rank: other problems are asked for first
+    later = take(again.train, seed=1, start=10, count=10)
+    assert later == first[10:] and again.heldout[7:9] == task.heldout[7:9]
+    assert len(task.at_hand) < 90
+
+
+def test_a_training_problem_that_is_held_out_gives_way_to_another(made_up):
+    task = load_task("gym:few", heldout=0)
+    assert {p.answer for p in task.train[:50]} == {"7", "8", "9"}
+    with pytest.raises(SystemExit, match="gym:few: it has too few different questions, for 100 in a row are held out; lower --heldout"):
+        load_task("gym:few", heldout=50)
+    task = load_task("gym:few", heldout=1)
+    assert len({p.answer for p in task.train[:50]}) == 2 and task.heldout[0].answer not in {p.answer for p in task.train[:50]}
+
+
+def test_a_mixture_with_a_generated_set_makes_no_more_than_it_needs(made_up, tmp_path):
+    spec = f"1*gym:exact+1*{write(tmp_path / 'a.jsonl', sums(300))}"
+    task = load_task(spec, heldout=20)
+    seen = take(task.train, seed=0, start=0, count=40)
+    assert {p.kind for p in seen} == {"gym", "math"} and len(made_up) < 90
+    assert [p.kind for p in task.heldout] == ["gym"] * 10 + ["math"] * 10
+    assert sum(p.kind == "math" for p in task.at_hand) == 300
+
+
+def test_a_generated_problem_is_the_same_in_every_process():
+    """These sets walk over Python sets of texts, which each process orders in its own way."""
+    for name in ("ransom_note", "isomorphic_strings"):
+        once = [gym.problem(name, i, 100) for i in (0, 3)]
+        gym.maker.cache_clear()
+        again = [gym.problem(name, i, 100) for i in (3, 0)][::-1]
+        assert once == again

@@ -2,29 +2,31 @@
 
 A record's tests become Python source that calls the program's functions. A problem's `meta` has
 what verifiers/sandbox.py runs: `tests`, the `names` of the functions, `setup` (runs before the
-tests) and `prelude` (runs before the program). For a script, `script` is set.
+tests) and `prelude` (runs before the program). For a script, `script` is set. asserts.py and
+contests.py make them; programs.py finds the program in a response.
 """
 from __future__ import annotations
 
-import ast
-import base64
 import json
-import pickletools
 import zlib
 from typing import NamedTuple
 
+from common.tasks import contests
+from common.tasks.asserts import assert_tests, check_tests, pytest_tests
+from common.tasks.fields import Record
 from common.tasks.problem import Problem
-from common.tasks.records import Record
+from common.tasks.programs import last_program
 from common.verifiers import BadProblem, Verdict
-from common.verifiers.answers import last_program
 from common.verifiers.sandbox import Child, run_functions
 
 INSTRUCTION = (
     "Put the whole program in one ```python block. Only the standard library is there."
 )
 MAX_FAILURES = 2  # failing tests in feedback
+MAX_FAILURE = 1000  # characters of what a failing test says
 MALFORMED = (  # what a record that is not of its form raises
-    LookupError, AttributeError, StopIteration, ValueError, TypeError, SyntaxError, zlib.error,
+    LookupError, AttributeError, StopIteration, ValueError, TypeError, SyntaxError, RecursionError,
+    MemoryError, zlib.error,
 )
 
 
@@ -36,26 +38,51 @@ class Form(NamedTuple):
     meta: dict
 
 
+def has_tests(data: dict) -> bool:
+    """Whether a record is one of code."""
+    if asserts(data) is not None or "entry_point" in data or is_kodcode(data):
+        return True
+    return contests.has_tests(data)
+
+
+def asserts(data: dict) -> list | None:
+    """The field with assert tests: MBPP's, or another list of such texts."""
+    if "test_list" in data:
+        return data["test_list"]
+    for name in ("test_cases", "tests"):  # AceCode
+        tests = data.get(name)
+        if isinstance(tests, list) and tests and str(tests[0]).lstrip().startswith("assert"):
+            return tests
+    return None
+
+
+def is_kodcode(data: dict) -> bool:
+    return isinstance(data.get("test"), str) and "from solution import" in data["test"]
+
+
 def from_record(record: Record) -> Problem:
-    """The problem of a record of one of the four forms. Raises SystemExit if it is of none."""
+    """The problem of a record of one of the forms. Raises BadRecord if it is of none."""
     try:
         form = read_form(record.data, record.question)
     except MALFORMED as error:
         reason = f"{type(error).__name__}: {error}"
-        raise SystemExit(f"error: {record.where}: its tests cannot be read ({reason})") from None
+        raise record.bad(f"its tests cannot be read ({reason:.300})") from None
     user = f"{form.user}\n\n{INSTRUCTION}"
     return record.problem("code", user, None, form.solution, **form.meta)
 
 
 def read_form(data: dict, question: str) -> Form:
-    if "test_list" in data:
+    if asserts(data) is not None:
         return mbpp(data, question)
     if "entry_point" in data:
         return humaneval(data, question)
-    if "input_output" in data:
-        return apps(data, question)
-    if "public_test_cases" in data:
-        return livecodebench(data, question)
+    if is_kodcode(data):
+        tests = pytest_tests(data["test"])
+        how = f"The program defines {', '.join(tests.names)}."
+        solution = fenced(data["solution"])
+        return Form(f"{question}\n\n{how}", solution, meta_of(tests._asdict()))
+    if contests.has_tests(data):
+        return contest(data, question)
     raise ValueError("no field test_list, entry_point, input_output or public_test_cases")
 
 
@@ -63,131 +90,51 @@ def fenced(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-# --------------------------------------------------------------------------------------------------
-# assert tests
-# --------------------------------------------------------------------------------------------------
 def mbpp(data: dict, question: str) -> Form:
-    """MBPP: assert statements, and a solution whose functions they call."""
-    tree, tests = ast.parse(data["code"]), data["test_list"]
-    imports, used, names = [], set(), []
-    for node in ast.walk(ast.parse("\n".join(tests))):
-        if isinstance(node, ast.Name):
-            used.add(node.id)
-    for node in tree.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imports.append(ast.unparse(node))
-        if isinstance(node, ast.FunctionDef) and node.name in used:
-            names.append(node.name)
-    if not names:
-        raise ValueError("no test calls a function of the solution")
-    prelude = "\n".join(data.get("test_imports", []))
-    setup = "\n".join([prelude, *imports])
-    user = f"{question}\n\nIt must pass this test and others like it:\n{fenced(tests[0])}"
-    meta = {"names": names, "tests": tests, "prelude": prelude, "setup": setup}
-    return Form(user, fenced(data["code"]), meta)
+    """MBPP: assert statements, and perhaps a solution whose functions they call. MBPP+ has more
+    tests in `test`."""
+    code, shown = data.get("code") or "", asserts(data)
+    more = [data[name] for name in ("test",) if data.get(name)]
+    imports, setup = data.get("test_imports") or [], data.get("test_setup_code") or ""
+    tests = assert_tests(code, [*shown, *more], imports, setup)
+    user = f"{question}\n\nIt must pass this test and others like it:\n{fenced(shown[0])}"
+    if setup.strip():
+        user += f"\n\nBefore the tests, this runs:\n{fenced(setup)}"
+    if tests.given:
+        user += f"\n\nThese classes are there:\n{fenced(tests.given)}"
+    solution = fenced(code) if code else None
+    return Form(user, solution, meta_of(tests._asdict()))
 
 
 def humaneval(data: dict, question: str) -> Form:
     """HumanEval: a function to complete, and a function `check` that tests it."""
-    name = data["entry_point"]
-    stub = f"{question}    pass\n"  # program and tests both use the prompt's helper functions
-    tests = [f"{data['test']}\ncheck({name})"]
-    meta = {"names": [name], "tests": tests, "prelude": stub, "setup": stub}
+    tests = check_tests(f"{question}    pass\n", data["entry_point"], data["test"])
     solution = fenced(question + data["canonical_solution"])
-    return Form(f"Complete this function:\n{fenced(question)}", solution, meta)
+    return Form(f"Complete this function:\n{fenced(question)}", solution, meta_of(tests._asdict()))
 
 
-# --------------------------------------------------------------------------------------------------
-# contests: scripts, or functions whose arguments and results are JSON
-# --------------------------------------------------------------------------------------------------
-FUNCTION_SETUP = """
-inf, nan = float("inf"), float("nan")  # JSON may hold them, but has no tuples
-def as_lists(x):
-    return [as_lists(v) for v in x] if isinstance(x, (list, tuple)) else x
-"""
-SCRIPT_SETUP = """
-import re
-from decimal import Decimal
-def words(text):  # line by line, numbers by value, as contests compare
-    number = re.compile("-?[0-9]{1,40}([.][0-9]{1,40})?")
-    as_value = lambda word: Decimal(word) if number.fullmatch(word) else word
-    return [[as_value(word) for word in line.split()] for line in text.strip().splitlines()]
-"""
+def meta_of(tests: dict) -> dict:
+    """What a problem keeps of its tests."""
+    tests.pop("given")
+    if not tests["epilogue"]:
+        del tests["epilogue"], tests["calls"]
+    return {**tests, "asserts": True}
 
 
-def apps(data: dict, question: str) -> Form:
-    """APPS. Some of its expected results are in a list of one."""
-    cases = json.loads(data["input_output"])
-    name, inputs, outputs = cases.get("fn_name"), cases["inputs"], cases["outputs"]
-    check_cases(inputs, outputs)
-    if not name:
-        return contest(data, question, scripts(inputs, outputs))
-    accepted = []
-    for output in outputs:
-        accepted.append([output])
-        if isinstance(output, list) and len(output) == 1:
-            accepted[-1].append(output[0])
-    return contest(data, question, calls(name, inputs, accepted))
-
-
-def livecodebench(data: dict, question: str) -> Form:
-    """LiveCodeBench. Its private tests are JSON, perhaps pickled and compressed."""
-    private = data["private_test_cases"]
-    if not private.startswith("["):
-        # the opcodes of the pickle are read, not run
-        opcodes = pickletools.genops(zlib.decompress(base64.b64decode(private)))
-        private = next(value for _, value, _ in opcodes if isinstance(value, str))
-    cases = [*json.loads(data["public_test_cases"]), *json.loads(private)]
-    name = json.loads(data["metadata"]).get("func_name")
-    inputs = [case["input"] for case in cases]
-    outputs = [case["output"] for case in cases]
-    check_cases(inputs, outputs)
-    if not name:
-        return contest(data, question, scripts(inputs, outputs))
-    arguments = [[json.loads(line) for line in text.split("\n")] for text in inputs]
-    accepted = [[json.loads(text)] for text in outputs]
-    return contest(data, question, calls(name, arguments, accepted))
-
-
-def check_cases(inputs: list, outputs: list) -> None:
-    if not inputs or len(inputs) != len(outputs):
-        raise ValueError(f"{len(inputs)} inputs, {len(outputs)} outputs")
-
-
-def contest(data: dict, question: str, meta: dict) -> Form:
+def contest(data: dict, question: str) -> Form:
+    """APPS, TACO, LiveCodeBench and others: what a script prints, or a function returns."""
     starter = data.get("starter_code")
     how = "The program reads standard input and writes standard output."
+    meta = contests.tests(data)
     if starter:
         how = f"Start from this code:\n{fenced(starter)}"
-    solutions = json.loads(data.get("solutions") or "[]")
-    solution = next(map(fenced, solutions), None)
+    elif not meta.get("script"):
+        how = f"The program defines the function {meta['names'][0]}."
+    solutions = data.get("solutions") or "[]"
+    if isinstance(solutions, str):
+        solutions = json.loads(solutions)
+    solution = next((fenced(text) for text in solutions if isinstance(text, str)), None)
     return Form(f"{question}\n\n{how}", solution, meta)
-
-
-def scripts(inputs: list, outputs: list) -> dict:
-    """Tests of what a script prints. A text may be a list of its lines."""
-    tests = []
-    for given, expected in zip(map(joined, inputs), map(joined, outputs)):
-        tests.append(f"assert words(script({given!r})) == words({expected!r})")
-    return {
-        "script": True, "names": ["script"], "tests": tests, "prelude": "", "setup": SCRIPT_SETUP,
-    }
-
-
-def joined(text: str | list[str]) -> str:
-    if isinstance(text, list):
-        return "\n".join(text)
-    return text
-
-
-def calls(name: str, arguments: list[list], accepted: list[list]) -> dict:
-    """Tests of what a function returns for each list of arguments."""
-    tests = []
-    for given, right in zip(arguments, accepted):
-        tests.append(f"assert as_lists({name}(*{given!r})) in {right!r}")
-    return {
-        "names": [name], "tests": tests, "prelude": "from typing import *", "setup": FUNCTION_SETUP,
-    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,15 +148,21 @@ def judge(problem: Problem, text: str, driver: Child, *, limit: float, unsafe: b
     driver: the process that runs the tests; limit: seconds for a call; unsafe: without bubblewrap;
     reveal: feedback has the failed tests too. Raises BadProblem if a test cannot be run.
     """
-    program = last_program(text)
+    meta = problem.meta
+    program = last_program(text, meta.get("wanted", ()))
     if program is None:
         return Verdict(0.0, "There is no program; it belongs in a closed ```python block.")
+    if "epilogue" in meta:
+        program += "\n\n" + meta["epilogue"]
     try:
-        results = run_functions(driver, program, problem.meta, limit=limit, unsafe=unsafe)
+        results = run_functions(driver, program, meta, limit=limit, unsafe=unsafe)
     except ValueError as error:
         raise BadProblem(f"its tests cannot be run: {error}") from None
     failures = []
-    for result, test in zip(results, problem.meta["tests"]):
+    for result, test in zip(results, meta["tests"]):
+        for name, call in meta.get("calls", {}).items():
+            result = result.replace(f"{name}()", call)
+        result = result[:MAX_FAILURE]
         if result and reveal:
             result += f"\nThe test: {test[:2000]}"
         if result:

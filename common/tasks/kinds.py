@@ -5,10 +5,12 @@ in a field "kind"; only without either is a record recognised by its fields.
 """
 from __future__ import annotations
 
-from common import require
+from typing import Any
+
 from common.tasks import choice, code, maths, tool
+from common.tasks.fields import read_fields
 from common.tasks.problem import Problem
-from common.tasks.records import read_fields
+from common.tasks.records import BadRecord
 
 STATED = {  # a record's field "kind" → the kind
     "math": "math",
@@ -19,12 +21,12 @@ STATED = {  # a record's field "kind" → the kind
     "code": "code",
 }
 RECOGNISED = {  # a field that only records of one kind have → the kind; without one it is maths
-    "test_list": "code",  # MBPP
-    "entry_point": "code",  # HumanEval
-    "input_output": "code",  # APPS
-    "public_test_cases": "code",  # LiveCodeBench
     "answerKey": "choice",  # SciKnowEval on the hub
     "golden_answer": "tool",  # ToolAlpaca on the hub
+}
+NEEDS = {  # kind → the fields that must not be empty; its module looks for the answer
+    "math": ("question",), "choice": ("question",), "code": ("question",),
+    "tool": ("question", "answer"),
 }
 
 
@@ -33,27 +35,35 @@ def kind_of(data: dict) -> str:
 
     >>> kind_of({"kind": "mcq"}), kind_of({"prompt": "?", "test_list": []}), kind_of({"answer": 2})
     ('choice', 'code', 'math')
+    >>> kind_of({"choices": ["x", "y"], "answer": 0})
+    'choice'
     """
     for name, kind in STATED.items():
         if data.get("kind") == name:
             return kind
+    if code.has_tests(data):
+        return "code"
     for field, kind in RECOGNISED.items():
         if field in data:
             return kind
+    if choice.has_options(data) or choice.is_yes_or_no(data):
+        return "choice"
     return "math"
 
 
-def as_problem(data: dict, where: str, fields: str = "", instruction: str | None = None,
+def as_problem(data: Any, where: str, fields: str = "", instruction: str | None = None,
                kind: str = "") -> Problem:
     """One record as a problem. kind: "math" | "choice" | "tool" | "code"; "" asks the record.
 
     where: the words of an error that say where the record is. fields, instruction: see load_task.
-    Raises SystemExit if the record is malformed.
+    Raises BadRecord, which is a SystemExit, if the record is malformed.
     """
-    name = type(data).__name__
-    require(isinstance(data, dict), f"{where}: a record must be a JSON object, not {name}")
+    if isinstance(data, BadRecord):
+        raise data
+    if not isinstance(data, dict):
+        raise BadRecord(where, f"a record must be a JSON object, not {type(data).__name__}")
     kind = kind or kind_of(data)
-    record = read_fields(data, where, fields, code=kind == "code")
+    record = read_fields(data, where, fields, NEEDS[kind])
     if kind == "code":
         return code.from_record(record)
     if kind == "choice":

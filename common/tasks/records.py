@@ -1,43 +1,153 @@
-"""Records of files and of the hub, and what their fields are called.
+"""Records of files and of the hub, as they are in the source.
 
-A record comes with the words that say where it is: "FILE, line 3".
+A record comes with the words that say where it is: "FILE, line 3". One that cannot be read comes as
+the BadRecord that says why, so that the records behind it can still be read.
 """
 from __future__ import annotations
 
-import hashlib
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from common import check_hub, require
-from common.tasks.problem import Problem
+
+Records = Iterator[tuple[Any, str]]  # (record, where it is)
+
+
+class BadRecord(SystemExit):
+    """A record that cannot be used. It ends the run in one line if nothing leaves the record out.
+
+    >>> print(BadRecord("a.jsonl, line 3", "not JSON"))
+    error: a.jsonl, line 3: not JSON
+    """
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(f"error: {where}: {reason}")
+        self.where, self.reason = where, reason
+
 
 # --------------------------------------------------------------------------------------------------
-# where records come from
+# files
 # --------------------------------------------------------------------------------------------------
+def read_records(path: str) -> Records:
+    """Records of a file of JSON lines, of a JSON list, or of Parquet; perhaps compressed by gzip.
 
-
-def read_records(path: str) -> Iterator[tuple[dict, str]]:
-    """Records of a .jsonl file or of a .json list."""
+    The file's content says which. Raises SystemExit if it is none of these.
+    """
     file = Path(path).expanduser()
+    require(not (path and file.is_dir()), f"--task: {path} is a folder; name a file in it")
     require(file.is_file(), f"--task: no such file: {path}")
-    text = file.read_text(encoding="utf-8")
-    line = 1  # where the JSON text that is being read begins
+    data = file.read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise SystemExit(f"error: {path}: damaged gzip ({error})") from None
+    if data.startswith(b"PAR1"):
+        return read_parquet(path, data)
+    data = as_utf8(path, data)
+    if data.lstrip().startswith(b"["):
+        return json_list(path, data)
+    return json_lines(path, data)
+
+
+def as_utf8(path: str, data: bytes) -> bytes:
+    """The text in UTF-8. A byte order mark says that it was in UTF-16 or UTF-32."""
+    marks = {
+        b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
+        b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
+    }
+    for mark, encoding in marks.items():
+        if data.startswith(mark):
+            return data.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")
+    binary = b"\0" in data[:1000]
+    require(not binary, f"{path}: neither JSON nor Parquet, for it has bytes of zero; if it is "
+            "UTF-16, convert it: iconv -f UTF-16LE -t UTF-8")
+    return data
+
+
+def json_list(path: str, data: bytes) -> Records:
+    rows = parse(data, path)
+    if isinstance(rows, BadRecord):
+        raise rows
+    return ((row, f"{path}, record {i}") for i, row in enumerate(rows, 1))
+
+
+def json_lines(path: str, data: bytes) -> Records:
+    lines = data.split(b"\n")  # splitlines would split at U+2028 too
+    first = next((line for line in lines if line.strip()), b"")
+    if first.strip().startswith(b"{") and isinstance(parse(first, path), BadRecord):
+        whole = parse(data, path)  # one object over many lines, which holds the list
+        if isinstance(whole, dict):
+            lists = [value for value in whole.values() if isinstance(value, list)]
+            require(len(lists) == 1, f"{path}: one JSON object with {len(lists)} lists; give a "
+                    "list of records, or one record per line")
+            return ((row, f"{path}, record {i}") for i, row in enumerate(lists[0], 1))
+    numbered = enumerate(lines, 1)
+    return ((parse(line, f"{path}, line {i}"), f"{path}, line {i}") for i, line in numbered
+            if line.strip())
+
+
+def parse(data: bytes, where: str) -> Any:
+    """What the JSON text says, or the BadRecord that says why it says nothing."""
     try:
-        if text.lstrip().startswith("["):
-            for i, data in enumerate(json.loads(text), 1):
-                yield data, f"{path}, record {i}"
-            return
-        for line, part in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028 too
-            if part.strip():
-                yield json.loads(part), f"{path}, line {line}"
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        return BadRecord(where, f"byte {data[error.start]:#04x} at {error.start} is not UTF-8; "
+                         "convert the file, e.g. iconv -f LATIN1 -t UTF-8")
+    try:
+        return from_json(text)
     except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        raise SystemExit(f"error: {path}, line {line}: not JSON ({error.msg})") from None
+        if error.lineno > 1:
+            where += f", line {error.lineno}"
+        return BadRecord(where, f"not JSON ({error.msg})")
+    except RecursionError:
+        return BadRecord(where, "its lists are nested too deeply")
 
 
-def read_hub(name: str) -> Iterator[tuple[dict, str]]:
+class Digits(str):
+    """An integer of more digits than Python converts; in Python source it is that integer."""
+
+    __repr__ = str.__str__
+
+
+def from_json(text: str) -> Any:
+    """json.loads, but an integer of more than 4,300 digits becomes Digits."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(text, parse_int=whole_number)
+
+
+def whole_number(text: str) -> int | Digits:
+    try:
+        return int(text)
+    except ValueError:
+        return Digits(text)
+
+
+def read_parquet(path: str, data: bytes) -> Records:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: {path}: damaged Parquet ({reason})") from None
+    return ((row, f"{path}, record {i}") for i, row in enumerate(rows, 1))
+
+
+# --------------------------------------------------------------------------------------------------
+# the hub
+# --------------------------------------------------------------------------------------------------
+def read_hub(name: str) -> Records:
     """Records of a hub dataset, NAME[:CONFIG][@SPLIT]; without a split, of its train split."""
     import datasets
 
@@ -48,80 +158,9 @@ def read_hub(name: str) -> Iterator[tuple[dict, str]]:
         check_hub("--task", path, "dataset", cached)
     try:
         rows = datasets.load_dataset(path, config or None, split=split or "train")
-    except (OSError, ValueError) as error:  # not there, no network, no such config or split
+    except (OSError, ValueError, RuntimeError) as error:  # not there, no network, a script …
         reason = str(error).splitlines()[0]
         raise SystemExit(f"error: --task hf:{name}: {reason}; without the hub, give --data_dir or "
                          "jsonl:PATH") from None
     for i, data in enumerate(rows, 1):
         yield data, f"hf:{name}, record {i}"
-
-
-# --------------------------------------------------------------------------------------------------
-# what fields are called
-# --------------------------------------------------------------------------------------------------
-NAMES = {  # the usual names of a field; --fields gives another
-    "question": ("question", "problem", "prompt", "question_content"),
-    "system": ("system",),
-    "answer": ("answer", "final_answer", "golden_answer", "answerKey"),
-    "solution": ("solution", "rationale"),
-}
-
-
-def check_fields(fields: str) -> None:
-    """Raise SystemExit if --fields is not a list of NAME=FIELD."""
-    for pair in filter(None, fields.split(",")):
-        name, _, field = pair.partition("=")
-        known = field and name in NAMES
-        require(known, f"--fields {pair}: must be NAME=FIELD, with a NAME of {', '.join(NAMES)}")
-
-
-class Record(NamedTuple):
-    """A record by the names used here, whatever its source calls them."""
-
-    question: str
-    answer: str  # "" for code
-    solution: str | None
-    system: str
-    data: dict  # the whole record, as it is in the source
-    where: str
-
-    def problem(self, kind: str, user: str, answer: str | None, solution: str | None,
-                **meta) -> Problem:
-        """The problem of this record that asks `user`."""
-        messages = [{"role": "user", "content": user}]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
-        name = hashlib.sha1(self.question.encode()).hexdigest()[:16]
-        meta = {"question": self.question, **meta}
-        return Problem(name, messages, answer, solution, kind, meta)
-
-
-def read_fields(data: dict, where: str, fields: str, code: bool) -> Record:
-    """The record by the names used here. Code has tests in place of an answer and a solution.
-
-    Raises SystemExit if a field is missing, empty or of another type.
-    """
-    renamed = dict(pair.split("=", 1) for pair in fields.split(",") if "=" in pair)
-    found = {}
-    for name, usual in NAMES.items():
-        keys = usual
-        if name in renamed:
-            keys = (renamed[name],)
-        found[name] = next((data[key] for key in keys if key in data), None)
-    if isinstance(found["answer"], list):
-        found["answer"] = json.dumps(found["answer"])
-    needed = ["question"] if code else ["question", "answer"]
-    for name in needed:
-        there = isinstance(found[name], (str, int, float)) and str(found[name]).strip()
-        require(there, f"{where}: field {renamed.get(name, name)!r} is missing or empty; it has "
-                f"{', '.join(data)}; name the fields with --fields, e.g. {name}=FIELD")
-    question, system = str(found["question"]), found["system"] or ""
-    if code:
-        return Record(question, "", None, system, data, where)
-    solution = found["solution"]
-    if isinstance(solution, list):  # several ways to the answer: the first
-        solution = next(iter(solution), None)
-    name = renamed.get("solution", "solution")
-    require(solution is None or isinstance(solution, str), f"{where}: field {name!r} must be a "
-            "text or a list of texts; name another field with --fields solution=FIELD")
-    return Record(question, str(found["answer"]).strip(), solution, system, data, where)

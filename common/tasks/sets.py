@@ -2,12 +2,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from common import require
-from common.tasks.records import read_hub, read_records
+from common.tasks.records import BadRecord, Records, read_hub, read_records
 
 BOTH, TEST = ("train", "test"), ("test",)
 
@@ -41,7 +40,7 @@ SETS = {
 }
 
 
-def read_set(spec: str, split: str, data_dir: str) -> Iterator[tuple[dict, str]]:
+def read_set(spec: str, split: str, data_dir: str) -> Records:
     """Records of one split of a named set. A set with one split has it for both."""
     name, _, part = spec.partition("/")
     source = SETS[name]
@@ -56,7 +55,15 @@ def read_set(spec: str, split: str, data_dir: str) -> Iterator[tuple[dict, str]]
     else:
         records = read_hub(f"{source.hub}@{split}")
     for data, where in records:
-        if belongs(data, name, part, split):
+        if not isinstance(data, dict):  # as_problem says what is wrong with it
+            yield data, where
+            continue
+        try:
+            mine = belongs(data, name, part, split)
+        except (LookupError, TypeError, AttributeError) as error:
+            yield BadRecord(where, f"not a record of {name} ({error!r})"), where
+            continue
+        if mine:
             yield data, where
 
 
@@ -67,7 +74,7 @@ def belongs(data: dict, name: str, part: str, split: str) -> bool:
         return first <= data["task_id"] <= last
     if name == "livecodebench" and part:
         first, _, last = part.partition("..")
-        return first <= data["contest_date"] < last
+        return first <= str(data["contest_date"]) < last
     if name == "sciknoweval" and "domain" in data:  # the hub's pool
         if not data["domain"].lower().startswith(part) or data["details"]["level"] != "L3":
             return False

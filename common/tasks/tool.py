@@ -4,13 +4,16 @@ from __future__ import annotations
 import json
 import re
 
+from common.tasks.fields import Record
 from common.tasks.problem import Problem
-from common.tasks.records import Record
 from common.verifiers import BadProblem, Verdict
 
 
 def from_record(record: Record) -> Problem:
-    return record.problem("tool", record.question, record.answer, record.solution)
+    answer = record.answer
+    if not isinstance(answer, str):
+        answer = json.dumps(answer)
+    return record.problem("tool", record.question, answer.strip(), record.solution)
 
 
 def judge(problem: Problem, text: str) -> Verdict:

@@ -6,6 +6,7 @@
     answers.py    where the answer is in that part
     equality.py   whether two mathematical expressions are equal
     sandbox.py    untrusted programs, contained; sandbox_child.py is the part that runs inside
+    seccomp.py    the system calls that these programs do without
 
 The judges themselves are in common/tasks/, one per kind of data.
 """

@@ -10,14 +10,15 @@ import contextlib
 import json
 import pickle
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from common.tasks import Problem, chain, choice, code, gym, maths, tool
 from common.verifiers import BadProblem, Verdict
-from common.verifiers.sandbox import Child, Ended, bubblewrap, confined
+from common.verifiers.sandbox import Child, Ended, confined, held
 from common.verifiers.thoughts import final_part
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,20 @@ JUDGES = {  # code is missing: its judge needs a sandbox
     "gym": gym.judge,
 }
 LIBRARIES = {"math": "math_verify", "gym": "reasoning_gym"}  # kinds that need a worker
+MAX_FEEDBACK = 2**13  # characters
 IN_PROCESS = ("chain", "choice", "tool")  # cannot hang: one pass over the text, small integers
+
+
+def own_answer(problem: Problem) -> str | None:
+    """The response that must be right, if the problem is to be tried before a run: None for tests
+    of contests, whose form is known to fit, and for what cannot be wrong."""
+    if problem.kind == "math":
+        return f"\\boxed{{{problem.answer}}}"
+    if problem.kind == "tool":
+        return ""
+    if problem.kind == "code" and problem.meta.get("asserts"):
+        return problem.solution
+    return None
 
 
 def judge(problem: Problem, text: str) -> Verdict:
@@ -52,33 +66,78 @@ class Verifier:
         self.pool = ThreadPoolExecutor(workers)
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
-        return list(self.pool.map(self.one, problems, texts))
+        return self.at_once(self.one, problems, texts)
+
+    def at_once(self, function: Callable, *columns: Sequence) -> list:
+        """function(*row) for each row of the columns, some at a time. Ctrl-C ends all of them, and
+        this verifier with them."""
+        jobs: list[Future] = []
+        try:
+            for row in zip(*columns):
+                jobs.append(self.pool.submit(function, *row))
+            return [job.result() for job in jobs]
+        except KeyboardInterrupt:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            while not all(job.done() for job in jobs):  # one may just be starting a process
+                for child in list(Child.alive):
+                    child.kill()
+                time.sleep(0.01)
+            raise
+        finally:
+            for job in jobs:  # after an error
+                job.cancel()
 
     def check(self, problems: Sequence[Problem]) -> None:
         """Raise SystemExit now if it would be raised later: there is no sandbox for code, or a
-        reference cannot be read."""
-        of_kind: dict[str, list[Problem]] = {kind: [] for kind in (*JUDGES, "code")}
-        for problem in problems:
-            of_kind[problem.kind].append(problem)
-        if of_kind["code"] and not self.unsafe:
-            bubblewrap()
-        risky = gym.EVALUATED.intersection(problem.meta["gym"] for problem in of_kind["gym"])
-        if risky and not self.unsafe:
-            raise SystemExit(f"error: reasoning-gym's scorer of {min(risky)} runs answers as "
-                             "Python, with your rights; --allow_unsafe_exec if you accept that")
-        self(of_kind["tool"], [""] * len(of_kind["tool"]))
-        self.check_golds(of_kind["math"])
-
-    def check_golds(self, problems: Sequence[Problem]) -> None:
-        """Raise SystemExit if a mathematical reference is not judged right itself."""
-        verdicts = self(problems, [f"\\boxed{{{problem.answer}}}" for problem in problems])
-        bad = [problem for problem, v in zip(problems, verdicts) if v.reward < 1]
+        problem cannot be judged."""
+        bad = self.unusable(problems)
         if bad:
-            raise SystemExit(f"error: {len(bad)} of {len(problems)} reference answers do not pass "
-                             f"their own check, the first in problem {bad[0].id}: "
-                             f"{bad[0].answer!r}; mend or remove these records")
+            raise SystemExit(f"error: {len(bad)} of {len(problems)} problems cannot be judged, the "
+                             f"first is problem {bad[0][0].id}: {bad[0][1]}; mend or remove them")
+
+    def unusable(self, problems: Sequence[Problem]) -> list[tuple[Problem, str]]:
+        """The problems that cannot be judged, each with the reason: a reference that cannot be
+        read or is not right itself, tests that cannot be run or that the solution does not pass.
+
+        Raises SystemExit if there is no sandbox for code.
+        """
+        if not self.unsafe:
+            if any(problem.kind == "code" for problem in problems):
+                driver = self.borrow("code")
+                held(driver.first)
+                self.spare["code"].append(driver)
+            names = {problem.meta["gym"] for problem in problems if problem.kind == "gym"}
+            risky = gym.EVALUATED.intersection(names)
+            if risky:
+                raise SystemExit(f"error: reasoning-gym's scorer of {min(risky)} runs answers as "
+                                 "Python, with your rights; --allow_unsafe_exec if you accept that")
+        reasons = self.at_once(self.reason_against, problems)
+        return [(problem, reason) for problem, reason in zip(problems, reasons) if reason]
+
+    def reason_against(self, problem: Problem) -> str:
+        """Why a problem cannot be judged, or ""."""
+        text = own_answer(problem)
+        if text is None:
+            return ""
+        try:
+            verdict = self.judge(problem, text)
+        except BadProblem as error:
+            return str(error)
+        if verdict.reward == 1 or problem.kind == "tool":
+            return ""
+        if problem.kind == "code":
+            slow = "took longer" in verdict.feedback  # perhaps the machine's fault
+            return "" if slow else f"its own solution fails: {verdict.feedback[:300]}"
+        return f"the answer {problem.answer!r:.100} is not right by its own check"
 
     def one(self, problem: Problem, text: str) -> Verdict:
+        try:
+            return self.judge(problem, text)
+        except BadProblem as error:
+            raise SystemExit(f"error: problem {problem.id}: {error}") from None
+
+    def judge(self, problem: Problem, text: str) -> Verdict:
+        """One verdict. Raises BadProblem if the problem cannot be judged."""
         kind, child = problem.kind, None
         part = final_part(text, self.restarts)
         try:
@@ -91,11 +150,10 @@ class Verifier:
                 child = None
         except Ended as error:
             verdict = Verdict(0.0, f"The check {error}.")
-        except BadProblem as error:
-            raise SystemExit(f"error: problem {problem.id}: {error}") from None
         finally:
             if child:  # it may still be busy
                 child.close()
+        verdict = replace(verdict, feedback=verdict.feedback[:MAX_FEEDBACK])
         if self.reveal and verdict.reward < 1 and problem.answer is not None:
             feedback = f"{verdict.feedback} The right answer is {problem.answer}."
             verdict = replace(verdict, feedback=feedback)

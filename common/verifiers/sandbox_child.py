@@ -23,6 +23,7 @@ JOB, PASSED, FAILED, UNFIT, DONE = b"j", b"p", b"f", b"u", b"d"
 MEMORY = 2**30  # bytes of address space, of each process
 FILE = 2**26  # bytes of a file
 PROCESSES = 8  # processes and threads of a program
+DESCRIPTORS = 64  # of each process: a pipe or a socket has a buffer in the kernel
 MAX_OUTPUT = 8 * 2**20  # bytes
 SHOWN = 250  # characters of a value in feedback
 
@@ -44,16 +45,13 @@ def main(role: str, seconds: int, uid: int, unsafe: bool) -> None:
         f.write("1000")  # if memory runs out, this goes first
     take_over()
     if uid:
+        os.chmod("/tmp", 0o1777)  # it is root's, and must be another user's
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    limits = {
-        resource.RLIMIT_AS: MEMORY, resource.RLIMIT_CPU: seconds,
-        resource.RLIMIT_FSIZE: FILE, resource.RLIMIT_CORE: 0,
-    }
-    if not unsafe:  # it counts a user's processes: see sandbox.confined
-        limits[resource.RLIMIT_NPROC] = PROCESSES
-    for limit, value in limits.items():
+    for limit, value in limits(seconds).items():
+        if unsafe and limit == resource.RLIMIT_NPROC:
+            continue  # it counts a user's processes: see sandbox.confined
         resource.setrlimit(limit, (value, value))
     builtins.exit = builtins.quit = sys.exit  # python -S leaves them out, and programs use them
     send(READY)
@@ -61,6 +59,15 @@ def main(role: str, seconds: int, uid: int, unsafe: bool) -> None:
         serve()
     else:
         drive()
+
+
+def limits(seconds: int) -> dict[int, int]:
+    """Limit → value. seconds: CPU time."""
+    return {
+        resource.RLIMIT_AS: MEMORY, resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: FILE, resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: DESCRIPTORS, resource.RLIMIT_NPROC: PROCESSES,
+    }
 
 
 def send(kind: bytes, payload: bytes = b"") -> None:
@@ -102,16 +109,17 @@ def serve() -> None:
                 prelude, program, script = marshal.loads(payload)
                 code, names = compile(program, "program", "exec"), new_module("program")
                 result = ""
+                exec(prelude, names)  # for a script, too: its runs find the modules loaded
                 if script:
-                    names["script"] = lambda text: run_script(code, text)
+                    names["script"] = lambda text: run_script(prelude, code, text)
                 else:
-                    exec(prelude, names)
                     exec(code, names)
             else:
                 name, args, kwargs = marshal.loads(payload)
-                function = names.get(name)
-                if name not in names:
+                if hasattr(names.get("Solution"), name):  # as contests have it
                     function = getattr(names["Solution"](), name)
+                else:
+                    function = names[name]
                 result = encode(function(*args, **kwargs))
             send(VALUE, result.encode())
         except BaseException as error:  # whatever the program raises, SystemExit too
@@ -126,10 +134,13 @@ def new_module(name: str) -> dict:
     return module.__dict__
 
 
-def run_script(code, text: str) -> str:
+def run_script(prelude: str, code, text: str) -> str:
     """What the program prints when it runs as a script, in a process of its own, with `text` on its
     stdin."""
-    files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
+    files = []
+    for name in (".stdin", ".stdout", ".stderr"):  # each run has files of its own, without a name
+        files.append(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        os.unlink(name)
     with open(files[0], "w", closefd=False) as f:
         f.write(text)
         f.seek(0)
@@ -141,8 +152,11 @@ def run_script(code, text: str) -> str:
         sys.stdin = open(0)
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
         try:
-            exec(code, new_module("__main__"))
+            space = new_module("__main__")
+            exec(prelude, space)
+            exec(code, space)
         except Exception as error:
+            os.ftruncate(files[1], 0)  # nobody reads it any more, and it may have filled the disk
             os.write(2, describe(error))
             os._exit(1)
         sys.exit(0)
@@ -291,6 +305,8 @@ def run_tests(setup: str, names: list[str], tests: list[str]) -> None:
                 send(PASSED)
             except Exception as error:
                 send(FAILED, last.encode(errors="replace") or describe(error))
+    except MemoryError:  # a program may return so much that even its failure cannot be told
+        os._exit(1)
     except BaseException as error:
         place = last or "setup"
         send(UNFIT, f"{place}: ".encode(errors="replace") + describe(error))

@@ -3,13 +3,15 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import CHAIN, ROOT, torchrun
+from conftest import CHAIN, GROUPS, ROOT, TASK
+from ranks import another_port, finish, launch, run_grpo
 
 from common.chat import chat_ids, load_tokenizer
 from common.microbatches import micro_batches
@@ -35,23 +37,32 @@ def engine_logps(sampler: VLLMSampler, rollouts) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("dtype, bound, rank", [("float32", 1e-4, 0), ("bfloat16", 0.25, 0), ("float32", 1e-4, 4)])
-def test_the_engine_agrees_with_the_trainer_and_follows_it(dtype, bound, rank, one_process):
+@pytest.mark.parametrize("dtype, bound, ranks", [("float32", 1e-4, (0, 4)), ("bfloat16", 0.25, (0,))])
+def test_the_engine_agrees_with_the_trainer_and_follows_it(dtype, bound, ranks, one_process):
     """The rollouts' own log-probabilities, and those of fixed ids after an optimizer step and a push of the weights:
-    they move, and are the trainer's (in bf16 within what rounding activations gives on this model)."""
-    tokenizer = load_tokenizer(CHAIN)
+    they move, and are the trainer's (in bf16 within what rounding activations gives on this model). Without LoRA, and in
+    the same engine with it."""
+    sampler = VLLMSampler(CHAIN, load_tokenizer(CHAIN), CPU, dtype=dtype)
+    for rank in ranks:
+        agrees_and_follows(sampler, rank, dtype, bound)
+    sampler.close()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # for the fixture
+
+
+def agrees_and_follows(sampler: VLLMSampler, rank: int, dtype: str, bound: float) -> None:
     policy = load_policy(CHAIN, CPU, Setup(lora_rank=rank))
-    sampler = VLLMSampler(CHAIN, tokenizer, CPU, dtype=dtype)
+    sampler.sleep()
+    sampler.load(full_weights(policy))
     problems = load_task("chain", heldout=8).train[:6]
-    chats = [chat_ids(tokenizer, p.messages) for p in problems]
-    groups = sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=64)
+    chats = [chat_ids(sampler.tokenizer, p.messages) for p in problems]
+    groups = sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=48)
     rollouts = [o for g in groups for o in g]
     assert len({o.text for o in groups[0]}) > 1, "the samples of a prompt must differ"
     stopped = [o for o in rollouts if not o.truncated]
     assert stopped and all(o.response_ids[-1] in sampler.ends for o in stopped)  # the end token is kept
     cut = sampler.sample(chats[:1], 2, seed=(0,), keys=[0], max_tokens=3)[0]
     assert all(o.truncated and len(o.response_ids) == 3 for o in cut)
-    again = sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=64)
+    again = sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=48)
     if dtype == "float32":
         assert [[o.response_ids for o in g] for g in again] == [[o.response_ids for o in g] for g in groups]
 
@@ -72,58 +83,103 @@ def test_the_engine_agrees_with_the_trainer_and_follows_it(dtype, bound, rank, o
     assert moved > 0.1
     assert max((a - e).abs().max().item() for a, e in zip(after, engine)) < bound
     # nothing cached of the old weights is used: what is sampled now is the new policy's
-    new = [o for g in sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=64) for o in g]
+    new = [o for g in sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=48) for o in g]
     trained = score(policy, [o.prompt_ids for o in new], [o.response_ids for o in new], 4096)
     assert max((torch.tensor(o.logprobs) - t).abs().max().item() for o, t in zip(new, trained)) < bound
+
+
+def test_rollouts_that_lost_their_cache_are_counted_once(one_process, monkeypatch):
+    """Twelve blocks of 128 tokens for 32 rollouts of two blocks each."""
+    import vllm
+
+    monkeypatch.setattr(vllm, "LLM", partial(vllm.LLM, num_gpu_blocks_override=12))
+    monkeypatch.setattr(vllm, "SamplingParams", partial(vllm.SamplingParams, ignore_eos=True))
+    tokenizer = load_tokenizer(CHAIN)
+    sampler = VLLMSampler(CHAIN, tokenizer, CPU, rows=32)
+    sampler.ends = []
+    chats = [chat_ids(tokenizer, p.messages) for p in load_task("chain", heldout=8).train[:8]]
+    found = []
+    for length in (200, 8):
+        groups = sampler.sample(chats, 4, seed=(0,), keys=range(8), max_tokens=length)
+        assert all(len(o.response_ids) == length for g in groups for o in g)
+        found += sampler.preempted()
+    assert found[0] > 0 == found[1]
     sampler.close()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # for the fixture
 
 
-SMALL = ["--demo", "--sampler", "vllm", "--batch_size", "4", "--heldout", "8", "--eval_every", "2"]
-THREE_STEPS = {
-    "grpo": ["--steps", "3"], "rlsd": ["--steps", "3"], "sdpo": ["--steps", "3"],
-    "hsd": ["--steps", "3", "--top_p", "1"],  # its 0.95 makes the sampler's distribution another one
-    "sdzero": ["--srt_questions", "8", "--kept_traces", "8", "--srt_batch", "8", "--srt_epochs", "1", "--sd_questions", "12",
-               "--max_tokens", "96"],
+SMALL = [*GROUPS, "--sampler", "vllm", "--eval_every", "2"]
+TWO_STEPS = {
+    "grpo": [*SMALL, "--steps", "2"], "rlsd": [*SMALL, "--steps", "2"], "sdpo": [*SMALL, "--steps", "2"],
+    "hsd": [*SMALL, "--steps", "2", "--top_p", "1"],  # its 0.95 makes the sampler's distribution another one
+    "sdzero": [*TASK, "--sampler", "vllm", "--srt_max_tokens", "32", "--srt_questions", "8", "--kept_traces", "8", "--srt_batch",
+               "8", "--srt_epochs", "1", "--sd_questions", "4", "--batch_size", "4"],
 }
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from ranks import run_file
+for name, flags in json.loads(sys.argv[1]).items():
+    run_file(name, flags)
+"""
 
 
 def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", list(THREE_STEPS))
-def test_every_file_trains_three_steps_and_ends_cleanly(name, tmp_path):
-    done = subprocess.run([sys.executable, f"{name}.py", *SMALL, *THREE_STEPS[name], "--out", str(tmp_path), "--name", "r"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    trained = [row for row in rows(tmp_path / "r") if "grad_norm" in row]
-    assert len(trained) >= 3 and all(row.get("mismatch/max_abs_dlogp", 0) < 1e-4 for row in trained)
+def trained(folder: Path) -> list[dict]:
+    """The rows of updates. In each the engine was the policy."""
+    found = [row for row in rows(folder) if "grad_norm" in row]
+    assert all(row.get("mismatch/max_abs_dlogp", 0) < 1e-4 for row in found)
+    return found
 
 
 @pytest.fixture(scope="module")
-def each(tmp_path_factory):
-    """Two processes, each with its engine."""
-    out = tmp_path_factory.mktemp("each")
-    done = torchrun(2, "grpo.py", *SMALL, "--steps", "3", "--out", str(out), "--name", "two")
-    assert "Traceback" not in done.stderr
-    return rows(out / "two")
+def files(tmp_path_factory):
+    """A run of each file, all in one process: an engine leaves nothing that the next one stumbles over."""
+    out = tmp_path_factory.mktemp("files")
+    runs = {name: [*flags, "--out", str(out), "--name", name] for name, flags in TWO_STEPS.items()}
+    done = subprocess.run([sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(runs)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=600, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done
 
 
-def test_two_processes_each_with_its_engine_train_and_end_cleanly(each):
-    trained = [row for row in each if "grad_norm" in row]
-    assert len(trained) == 3 and all(row["mismatch/max_abs_dlogp"] < 1e-4 for row in trained)
+@pytest.mark.parametrize("name", list(TWO_STEPS))
+def test_every_file_trains_two_steps(name, files):
+    assert len(trained(files[0] / name)) == 2
 
 
-def test_two_processes_that_share_an_engine_train_as_with_one_each(each, tmp_path):
+def test_the_files_end_cleanly(files):
+    assert "Traceback" not in files[1].stderr
+
+
+def an_engine_each_and_one_for_both(out: str) -> None:
+    """On each of two ranks."""
+    flags = [*SMALL, "--steps", "2", "--out", out, "--name"]
+    run_grpo([*flags, "each"])
+    another_port()
+    run_grpo([*flags, "shared", "--tensor_parallel", "2"])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    finish(launch(2, out / "log", an_engine_each_and_one_for_both, str(out)), out / "log")
+    assert "Traceback" not in (out / "log").read_text()
+    return out
+
+
+def test_two_processes_each_with_its_engine_train_and_end_cleanly(two):
+    assert len(trained(two / "each")) == 2
+
+
+def test_two_processes_that_share_an_engine_train_as_with_one_each(two):
     """--tensor_parallel 2: the engine is given both processes' prompts, each takes its own part, and random numbers are
     the same."""
-    torchrun(2, "grpo.py", *SMALL, "--tensor_parallel", "2", "--steps", "3", "--out", str(tmp_path), "--name", "shared")
-    shared = rows(tmp_path / "shared")
+    assert len(trained(two / "shared")) == 2
     for name in ("reward/mean", "heldout/pass@1"):
-        assert [row.get(name) for row in each] == [row.get(name) for row in shared]
-    assert all(row["mismatch/max_abs_dlogp"] < 1e-4 for row in shared if "grad_norm" in row)
+        assert [row.get(name) for row in rows(two / "each")] == [row.get(name) for row in rows(two / "shared")]
 
 
 def test_without_vllm_the_error_names_the_remedy(monkeypatch):
