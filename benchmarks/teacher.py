@@ -47,6 +47,7 @@ from common.policy import load_policy
 from common.rollouts import Batch, Group, Rollouts
 from common.sampler import Rollout
 from common.settings import Setup
+from common.tasks import take
 from common.verifiers import Verdict
 from kernels.head import Divergence, token_stats
 
@@ -98,10 +99,10 @@ def main(args: Args) -> dict:
     folder = open_folder(args, wordings)
     settings = method_settings(args, method, {})
     rollouts = Rollouts(settings, quiet_run())
-    shown = what_can_be_shown(args, rollouts.task.train)
+    shown = what_can_be_shown(args, rollouts.task.heldout)
     cells = len(shown) * len(wordings)
     questions = max(1, args.budget // (args.group_size * (1 + cells)))
-    problems = rollouts.task.train[:questions]
+    problems = take(rollouts.task.train, args.seed, 0, min(questions, len(rollouts.task.train)))
     policy = load_policy(args.model, rollouts.run.device, settings.setup)
     rollouts.sync(policy)
 
@@ -147,7 +148,8 @@ def method_settings(args: Args, method: ModuleType, flags: dict):
 def quiet_run():
     """What Rollouts needs of a run: one process that keeps no times."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return SimpleNamespace(rank=0, world=1, device=device, phase=lambda name: None)
+    ignore = lambda *_: None
+    return SimpleNamespace(rank=0, world=1, device=device, phase=ignore, collect=ignore)
 
 
 def read_wordings(path: str, method: ModuleType) -> dict[str, dict]:
