@@ -74,12 +74,10 @@ FOUR_STEPS = ["--steps", "4", "--save_every", "2"]
 def finished_run(tmp_path_factory):
     """The folder of a run `r` of four steps with checkpoints after two and four. Nothing may be written to it."""
     out = tmp_path_factory.mktemp("runs")
-    model = shutil.copytree(CHAIN, out / "model")
-    (model / "generation_config.json").write_text('{"eos_token_id": 0}')  # not what ends a turn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "draw_curves", log.draw_curves)
         patch.setattr(runs, "write_report", report.write_report)
-        run_grpo(out, "--model", str(model), *FOUR_STEPS, "--name", "r", "--track", "tensorboard")
+        run_grpo(out, *FOUR_STEPS, "--name", "r", "--track", "tensorboard")
     return out
 
 
@@ -102,16 +100,14 @@ def test_a_run_leaves_what_the_readme_promises(finished_run):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Compute 23+45."}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
-    assert set(GenerationConfig.from_pretrained(folder).eos_token_id) == {0, tokenizer.eos_token_id}
     dumped = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     assert dumped.keys() >= {"step", "id", "response", "reward"}
 
 
 def test_four_steps_are_two_and_a_resume_and_two_bitwise(finished_run, tmp_path):
     """As a shorter run leaves its folder."""
-    flags = ["--model", str(finished_run / "model"), "--name", "parts"]
-    run_grpo(tmp_path, "--steps", "2", *flags)
-    run_grpo(tmp_path, "--steps", "4", *flags, "--resume", "auto")
+    run_grpo(tmp_path, "--steps", "2", "--name", "parts")
+    run_grpo(tmp_path, "--steps", "4", "--name", "parts", "--resume", "auto")
     assert_same_run(finished_run / "r", tmp_path / "parts", 4)
 
 
@@ -136,7 +132,14 @@ def whole_part_and_resumed(out: str) -> None:
         interrupted(Path(out) / "whole", "parts", 2)
     grpo_in_a_rank([*flags, *FOUR_STEPS, "--name", "parts", "--resume", "auto"])
     another_port()
-    grpo_in_a_rank([*flags, "--max_tokens", "2", "--steps", "1", "--name", "zero"])
+    model = Path(out) / "model"
+    if os.environ["RANK"] == "0":
+        unfinished = shutil.copytree(CHAIN, f"{model}.tmp")
+        (Path(unfinished) / "generation_config.json").write_text('{"eos_token_id": 0}')  # not what ends a turn
+        os.rename(unfinished, model)
+    while not model.exists():
+        time.sleep(0.1)
+    grpo_in_a_rank([*flags, "--model", str(model), "--max_tokens", "2", "--steps", "1", "--name", "zero"])
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,13 @@ def test_the_manifest_lists_the_files_of_both_processes(two_processes):
     listed = json.loads((folder / "manifest.json").read_text())
     assert len([name for name in written if name.endswith(".distcp")]) == 2
     assert listed.keys() == written - {"manifest.json"}  # each rank's files and the first one's
+
+
+def test_a_checkpoint_ends_a_response_where_training_did(two_processes):
+    """The start's own end token and that of the chat template."""
+    folder = two_processes / "zero" / "checkpoints" / "step_000001"
+    own = AutoTokenizer.from_pretrained(folder).eos_token_id
+    assert set(GenerationConfig.from_pretrained(folder).eos_token_id) == {0, own}
 
 
 def test_groups_with_equal_rewards_are_counted_and_change_nothing(two_processes):
