@@ -81,7 +81,7 @@ def logged(tmp_path_factory) -> dict[str, set[str]]:
 def documented() -> dict[str, set[str]]:
     """What metrics.md says that each file logs."""
     out: dict[str, set[str]] = {name: set() for name in ALGORITHMS}
-    for names, _, files, *_ in rows(METRICS, "name"):
+    for names, files, *_ in rows(METRICS, "name"):
         for name in ALGORITHMS if files == "all" else files.split():
             out[name] |= set(code_spans(names))
     return out
@@ -116,10 +116,9 @@ def test_every_metric_that_a_page_names_is_logged_by_its_file(page):
 
 
 def test_every_metric_says_what_it_catches_in_one_line():
-    """A row that is longer wraps in the rendered page."""
-    for names, _, _, healthy, *_ in rows(METRICS, "name"):
-        assert len(healthy) > 10, names
-    assert {line for line in METRICS.read_text().splitlines() if line.startswith("|") and len(line) > 150} == set()
+    """A row with more letters wraps in the rendered page."""
+    for cells in rows(METRICS, "name"):
+        assert len(cells[2]) > 10 and len("".join(cells).replace("`", "")) <= 105, cells[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
