@@ -1,4 +1,5 @@
 # make demo        set up and train the embedded model, with curves (three minutes on a laptop)
+# make look        the credit of the five files on the same responses, as a page: runs/credit.html
 # make check       lint and the tests that train nothing: the inner loop
 # make test        set up and run the tests
 # make test-vllm   the same for the vLLM engine, on a CPU, in an environment of its own
@@ -6,6 +7,9 @@ PYTHON ?= python3
 
 demo: .venv/.demo
 	.venv/bin/python hsd.py --demo
+
+look: .venv/.demo
+	.venv/bin/python benchmarks/credit.py
 
 check: .venv/.test
 	.venv/bin/ruff check .
@@ -34,4 +38,4 @@ test-vllm: .venv-vllm/.test
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-.PHONY: demo check test test-vllm
+.PHONY: demo look check test test-vllm

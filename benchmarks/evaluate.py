@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -38,7 +37,7 @@ from tqdm import tqdm
 from common.chat import chat_ids, load_tokenizer
 from common.sampler import HFSampler
 from common.tasks import in_hash_order, load_problems
-from common.verifiers.answers import last_block, last_boxed
+from common.verifiers.answers import final_answer, last_block
 from common.verifiers.pool import Verifier
 from common.verifiers.thoughts import final_part
 from sdzero import RESTARTS
@@ -188,10 +187,8 @@ def given_answer(verifier: str, text: str) -> str | None:
         return last_block(text, "<answer>", "</answer>")
     if verifier not in ("math", "chain"):
         return None
-    boxed, (_, marked, last) = last_boxed(text), text.rpartition("####")
-    if boxed is not None or marked:
-        return "".join((last.partition("\n")[0] if boxed is None else boxed).split()) or None
-    return next(iter(re.findall(r"answer(?: is|:)+ *\$?(-?\d[\d,]*(?:\.\d+)?)", text)[::-1]), None)
+    answer = final_answer(text)
+    return "".join(answer.split()) if answer else None
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -144,8 +144,10 @@ def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.
     prefix = padded(different, left=True)
     ones = [[1] * len(prompt) for prompt in different]
     mask = padded(ones, left=True)
-    ids = padded([responses[row][:-1] for row in rows])
-    wide, width = prefix.shape[1], ids.shape[1]
+    read = [responses[row][:-1] for row in rows]
+    ids = padded(read)
+    wide = prefix.shape[1]
+    width = ids.shape[1]
     index: list[int] = []
     for b, row in enumerate(rows):
         prompt_end = (which[b] + 1) * wide - 1

@@ -119,9 +119,9 @@ LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 
 @pytest.mark.parametrize("name, data", [
     ("utf-8.jsonl", LINES.encode()), ("bom.jsonl", LINES.encode("utf-8-sig")), ("utf-16.jsonl", LINES.encode("utf-16")),
-    ("gzip.jsonl.gz", gzip.compress(LINES.encode())), ("crlf.jsonl", LINES.replace("\n", "\r\n").encode()),
+    ("gzip.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)), ("crlf.jsonl", LINES.replace("\n", "\r\n").encode()),
     ("list.json", json.dumps(ROWS).encode()), ("object.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode()),
-    ("packed.json.gz", gzip.compress(json.dumps(ROWS, indent=1).encode("utf-16"))), ("table.parquet", None)])
+    ("packed.json.gz", gzip.compress(json.dumps(ROWS, indent=1).encode("utf-16"), mtime=0)), ("table.parquet", None)])
 def test_a_file_is_read_whatever_its_format_and_encoding(tmp_path, name, data):
     if data is None:
         parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / name)
@@ -139,7 +139,7 @@ def test_verls_parquet_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("data, message", [
-    (gzip.compress(LINES.encode())[:-9], "f: damaged gzip"), (b"PAR1" + b"\0" * 20, "f: damaged Parquet"),
+    (gzip.compress(LINES.encode(), mtime=0)[:-9], "f: damaged gzip"), (b"PAR1" + b"\0" * 20, "f: damaged Parquet"),
     (LINES.encode("utf-16-le"), "f: neither JSON nor Parquet, .* iconv"), (b"[1, 2", "f: not JSON"),
     (b"\n\n[1,\n 2", "f, line 4: not JSON"), (b'{\n"a": [],\n "b": []}', "f: one JSON object with 2 lists"),
     (b"[" * 10**5, "f: its lists are nested too deeply"),

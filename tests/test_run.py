@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import grpo
-from common import checkpoints, log, rollouts
+from common import checkpoints, log, report, rollouts
 from common import run as runs
 from common.log import reduce_over_ranks
 from common.run import Run
@@ -60,6 +60,13 @@ def assert_same_run(a, b, step: int) -> None:
     assert all(torch.equal(wa[n], wb[n]) for n in wa)
 
 
+def assert_same_report(a, b) -> None:
+    """What the report is made of, beside the metrics."""
+    assert (a / "heldout.jsonl").read_text() == (b / "heldout.jsonl").read_text()
+    first_examples = [(run / "example.jsonl").read_text().splitlines()[0] for run in (a, b)]
+    assert first_examples[0] == first_examples[1]
+
+
 FOUR_STEPS = ["--steps", "4", "--save_every", "2"]
 
 
@@ -71,13 +78,14 @@ def finished_run(tmp_path_factory):
     (model / "generation_config.json").write_text('{"eos_token_id": 0}')  # not what ends a turn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "draw_curves", log.draw_curves)
+        patch.setattr(runs, "write_report", report.write_report)
         run_grpo(out, "--model", str(model), *FOUR_STEPS, "--name", "r", "--track", "tensorboard")
     return out
 
 
 def test_a_run_leaves_what_the_readme_promises(finished_run):
     run = finished_run / "r"
-    promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints"}
+    promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints", "report.html"}
     assert {p.name for p in run.iterdir()} >= promised
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG") and list((run / "tensorboard").iterdir())
     assert json.loads((run / "args.json").read_text())["steps"] == 4
@@ -116,6 +124,7 @@ def test_two_steps_with_everything_are_one_and_a_resume_and_one_bitwise(tmp_path
     interrupted(tmp_path / "whole", "parts", 1)
     run_grpo(tmp_path, "--steps", "2", "--name", "parts", "--resume", "auto", *EVERYTHING)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 2)
+    assert_same_report(tmp_path / "whole", tmp_path / "parts")
 
 
 def whole_part_and_resumed(out: str) -> None:
@@ -139,6 +148,7 @@ def two_processes(tmp_path_factory):
 
 def test_four_steps_are_two_and_a_resume_and_two_bitwise_in_two_processes(two_processes):
     assert_same_run(two_processes / "whole", two_processes / "parts", 4)
+    assert_same_report(two_processes / "whole", two_processes / "parts")
     assert "resumed from" in (two_processes / "log").read_text()
 
 

@@ -21,7 +21,6 @@ from common.tasks.chain import chain_problem
 from common.tasks.kinds import as_problem
 from common.tasks.programs import last_program
 from common.verifiers import Verdict
-from common.verifiers.answers import last_boxed
 from common.verifiers.pool import Verifier
 from common.verifiers.thoughts import final_part
 
@@ -64,45 +63,6 @@ def test_a_restarted_response_is_judged_by_its_last_attempt(verifier, phrase):
                    f"#### 60\n\n{phrase}\n\n#### 61") == [1, 0]
 
 
-@pytest.mark.parametrize("text, boxed", [
-    (r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed {x}", "x"),
-    (r"\boxed{}", ""),
-    (r"\boxed{1} then \boxed{2", "1"), (r"\boxed{\{1\}}", r"\{1\}"), (r"\boxed{\boxed{3}}", r"\boxed{3}"),
-    (r"} \boxed{a} {", "a"), ("no box", None), (r"\boxed 5", None), (r"\\boxed{4}", None),
-])
-def test_the_last_complete_box_is_found(text, boxed):
-    assert last_boxed(text) == boxed
-
-
-@given(st.lists(st.sampled_from([r"\boxed{", "{", "}", "a", "\\", r"\{", " ", "1"])).map("".join))
-def test_the_last_box_is_what_a_count_of_braces_finds(text):
-    """Against a search that tries every start and counts braces one by one."""
-    def close(start: int) -> int | None:
-        depth, i = 1, start
-        while i < len(text):
-            if text[i] == "\\":
-                i += 1
-                if text[i : i + 6] == "boxed{":
-                    depth, i = depth + 1, i + 5
-            elif text[i] in "{}":
-                depth += 1 if text[i] == "{" else -1
-                if depth == 0:
-                    return i
-            i += 1
-        return None
-
-    found, i = [], 0
-    while i < len(text):
-        if text[i] == "\\":
-            if text[i + 1 : i + 7] == "boxed{" and (end := close(i + 7)) is not None:
-                found.append((end, text[i + 7 : end]))
-            i += 1
-            if text[i : i + 6] == "boxed{":
-                i += 5
-        i += 1
-    assert last_boxed(text) == (max(found)[1] if found else None)
-
-
 def test_the_last_closed_block_is_the_program():
     assert last_program("```python\na\n```\ntext\n```\nb\n```") == "b\n"
     assert last_program("```python\na\n```\nand then ```python\nunfinished") == "a\n"
@@ -113,35 +73,6 @@ def test_the_last_closed_block_is_the_program():
 # ---------------------------------------------------------------------------------------------------------------------
 # maths
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("gold, right, wrong", [
-    ("28", ["The answer is **28**.", "**The answer is 28.**", "**Answer: 28**", "The answer is `28`",
-            'The answer is "28"', r"The answer is \$28.", "The answer is 4+24=<<4+24=28>>28.", "The answer is $28 in all",
-            "The answer is:\n\\[\n28\n\\]", "The answer is 28, which is larger than 5.", "#### 28 apples", "the answer is the number 28",
-            "#### Step 5: compute\nThe answer is 28", "The answer is x = 28", "The answer is not known. The answer is 28"],
-     ["Answer: Is 28 or 58 larger? 58.", "The answer is the larger of 28 and 5", "The answer is the sum of 28 and 3",
-      "The answer is 28 or 29", "The answer is 28, 29 or 30", "The answer is between 28 and 30", "The answer is at least 28",
-      "The answer is not 28 but 27.", "#### Step 28: compute", "The answer is 28. Wait, no: the answer is 3"]),
-    ("-5", ["The answer is −5.", "The answer is -5"], ["The answer is 5"]),
-    (r"\frac{1}{2}", [r"\boxed{0.5}", r"\boxed{1/2}", r"\boxed{\dfrac12}", r"so $\boxed{\frac{2}{4}}$."],
-     [r"\boxed{2}", r"\boxed{-1/2}"]),
-    ("1234", ["#### 1,234", r"\boxed{1{,}234}", "The answer is 1234.", "#### 1234\nThat was 3 steps.",
-                "The answer is: 1234", "Final answer: $1234$", "The answer is 12. Wait: the answer is 1234. The answer is"],
-     ["#### 1235", "1234 #### 7", "", "So she has 1234", "1234", "The answer is 12. Check: 1234",
-      'The answer to "Is 1234 or 12 larger?" is 12.', "The answer is 1234. No, the answer is 12."]),
-    (r"\text{Evelyn}", [r"\boxed{\text{Evelyn}}", r"\boxed{Evelyn}"], [r"\boxed{\text{Carla}}"]),
-    (r"\left( 3, \frac{\pi}{2} \right)", [r"\boxed{(3, \pi/2)}"], [r"\boxed{(\pi/2, 3)}", r"\boxed{3}"]),
-    ("3, 5, 7", [r"\boxed{3,5,7}", r"\boxed{\{3,5,7\}}"], [r"\boxed{3,5}", r"\boxed{5}"]),
-    (r"\$32,\!348", [r"\boxed{32348}", r"\boxed{\$32,348}"], [r"\boxed{32.348}"]),
-    ("033", [r"\boxed{33}"], [r"\boxed{34}", r"\boxed{3}"]),
-    ("2", [r"\boxed{2}"], [r"\boxed{1} and \boxed{2} and \boxed{3}", r"\boxed{1,2}", r"\boxed{x^2}"]),
-])
-def test_maths_is_compared_by_value_and_the_last_answer_counts(verifier, gold, right, wrong):
-    problem = record(question="?", answer=gold)
-    verifier.check([problem])
-    assert rewards(verifier, problem, *right) == [1] * len(right)
-    assert rewards(verifier, problem, *wrong) == [0] * len(wrong)
-
-
 def test_a_gold_that_cannot_be_read_is_an_error_that_names_the_problem(verifier):
     bad = record(question="What is it?", answer=r"\boxed{}")
     with pytest.raises(SystemExit, match=f"problem {bad.id}: the reference answer"):
@@ -150,18 +81,21 @@ def test_a_gold_that_cannot_be_read_is_an_error_that_names_the_problem(verifier)
         verifier.check([record(question="?", answer="5"), bad])
 
 
+SLOW = r"\boxed{\int_0^1 \frac{\ln(1+x+x^2+x^3)}{\sqrt{1+x^5}} dx}"  # takes sympy minutes
+
+
 def test_a_check_that_hangs_or_dies_is_a_verdict_of_its_own_and_the_pool_survives():
     v = Verifier(workers=2, limit=1)
     try:
         five = record(question="2 + 3?", answer="5")
         assert v([five], [r"\boxed{5}"])[0].reward == 1
         start = time.monotonic()
-        slow = v([record(question="?", answer="0")], [r"\boxed{\sum_{n=1}^{99999999} \sin(n^{n^{n}})}"])[0]
+        slow = v([record(question="?", answer="0")], [SLOW])[0]
         assert slow.reward == 0 and time.monotonic() - start < 5
         assert not v.spare["math"] and v([five], [r"\boxed{5}"])[0].reward == 1
         killed = v.spare["math"][0].process.pid
         threading.Timer(0.2, os.kill, (killed, signal.SIGKILL)).start()  # in the middle of a check
-        lost = v([record(question="?", answer="0")], [r"\boxed{\sum_{n=1}^{99999999} \sin(n^{n^{n}})}"])[0]
+        lost = v([record(question="?", answer="0")], [SLOW])[0]
         assert lost.reward == 0 and lost.feedback == "The check ended before it answered."
         assert [x.reward for x in v([five] * 4, [r"\boxed{5}"] * 4)] == [1] * 4
     finally:

@@ -212,11 +212,11 @@ HEDGE = re.compile(
     rf"(?i){one_of(DOUBTS + ' unless depending respectively if')}|\bnot sure\b|\?"
     r"|\band\s+\$?-?[\d\0]|\b(?:for|when)\b.*[,;]\s*\$?-?[\d\0].*\b(?:for|when)\b"
 )
-REASONS = "because since as where which for when so after making giving assuming given using by"
+REASONS = "because since as where which for when so after making giving assuming given using"
 NEXT_CLAUSE = re.compile(
     r"\s-\s(?!(?:log|ln|sin|cos|tan|sqrt|pi)\b)(?=[A-Za-z]{2})"
     r"|[,;]\s+(?!(?:and|or|sqrt|pi)\b)(?=[A-Za-z]{2})"
-    r"|\s\((?!mod)(?=[A-Za-z]{3,}\s+\S*[\d=$]|(?:see|since|as|because|from|by|which)\b)"
+    r"|\s\((?!mod|base)(?=[A-Za-z]{3,}\s+\S*[\d=$]|(?:see|since|as|because|from|by|which)\b)"
     rf"|[,;]?\s+{one_of(REASONS)}"
     rf"|\s+(?:and|but)\s+{one_of('the it he she they we this that so')}"
 )

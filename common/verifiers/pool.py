@@ -11,7 +11,7 @@ import json
 import pickle
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -66,11 +66,15 @@ class Verifier:
         self.pool = ThreadPoolExecutor(workers)
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
-        """Ctrl-C ends it at once, and this verifier with it."""
+        return self.at_once(self.one, problems, texts)
+
+    def at_once(self, function: Callable, *columns: Sequence) -> list:
+        """function(*row) for each row of the columns, some at a time. Ctrl-C ends all of them, and
+        this verifier with them."""
         jobs: list[Future] = []
         try:
-            for problem, text in zip(problems, texts):
-                jobs.append(self.pool.submit(self.one, problem, text))
+            for row in zip(*columns):
+                jobs.append(self.pool.submit(function, *row))
             return [job.result() for job in jobs]
         except KeyboardInterrupt:
             self.pool.shutdown(wait=False, cancel_futures=True)
@@ -107,7 +111,7 @@ class Verifier:
             if risky:
                 raise SystemExit(f"error: reasoning-gym's scorer of {min(risky)} runs answers as "
                                  "Python, with your rights; --allow_unsafe_exec if you accept that")
-        reasons = self.pool.map(self.reason_against, problems)
+        reasons = self.at_once(self.reason_against, problems)
         return [(problem, reason) for problem, reason in zip(problems, reasons) if reason]
 
     def reason_against(self, problem: Problem) -> str:

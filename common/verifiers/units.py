@@ -97,7 +97,8 @@ CHANGES = set(  # after a number they make another value of it, or leave it open
     "eighths tenth tenths hundredth hundredths thousandth thousandths squared cubed factorial "
     "plus minus divided multiplied mod modulo root to than not if unless either between "
     "or and but maybe perhaps probably possibly least most about almost nearly except without "
-    "power score exponent short negative infinity point double triple twice".split()
+    "power score exponent short negative infinity point double triple twice base binary octal "
+    "hexadecimal".split()
 )
 
 
