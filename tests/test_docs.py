@@ -312,7 +312,7 @@ def test_every_equation_is_linked_to_its_lines(page):
         links = LINE_LINK.findall(ours)
         own += any(file == f"../{page.stem}.py" for _, file, _ in links)
         files = [s for s in code_spans(ours) if re.fullmatch(r"[\w/]+\.py", s)]
-        assert links or files and all((ROOT / f).exists() for f in files), paper
+        assert links or (files and all((ROOT / f).exists() for f in files)), paper
     assert own >= len(table) - 2
 
 
