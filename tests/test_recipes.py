@@ -35,7 +35,7 @@ def commands(page) -> list[str]:
     text = page.read_text() if page.suffix == ".md" else ast.get_docstring(ast.parse(page.read_text()))
     found = [line for block in ([text] if page.suffix == ".py" else re.findall(r"```.*?\n(.*?)```", text, re.DOTALL))
              for line in COMMAND.findall(block)]
-    found += re.findall(rf"`((?:{FILES})\.py --[^`]+)`", text)
+    found += re.findall(rf"`((?:python )?(?:{FILES})\.py --[^`]+)`", text)
     return [" ".join(shlex.split(line.replace("\\\n", " "), comments=True)) for line in found]
 
 
