@@ -111,6 +111,7 @@ def presets(args: Args) -> dict:
 ANSWER = "The final answer is {answer}."
 SOLUTION = "A solution that passed the check:\n{solution}"
 CLOSING = "Now solve the problem in your own words."
+LAYOUT = ("question", "answer", "solution", "closing")  # the paper's order of the fields
 
 
 def choose_peer(group: Group, i: int, how: str, rng: random.Random) -> int | None:
@@ -135,17 +136,18 @@ def teacher_chat(problem: Problem, peer: str | None, args: Args) -> list[dict] |
     >>> teacher_chat(p, "1+1=2", Args())[0]["content"].split("\\n\\n")[1:3]
     ['The final answer is 2.', 'A solution that passed the check:\\n1+1=2']
     """
-    blocks = []
+    blocks = {}
     if args.context != "solution" and problem.answer is not None:
-        blocks.append(ANSWER.format(answer=problem.answer))
+        blocks["answer"] = ANSWER.format(answer=problem.answer)
     if args.context == "peer" and peer is not None:
-        blocks.append(SOLUTION.format(solution=peer))
+        blocks["solution"] = SOLUTION.format(solution=peer)
     if args.context == "solution" and problem.solution is not None:
-        blocks.append(SOLUTION.format(solution=problem.solution))
+        blocks["solution"] = SOLUTION.format(solution=problem.solution)
     if not blocks:  # code without a textual answer and without a peer
         return None
     *system, user = problem.messages
-    content = "\n\n".join([user["content"], *blocks, CLOSING])
+    blocks |= {"question": user["content"], "closing": CLOSING}
+    content = "\n\n".join(blocks[name] for name in LAYOUT if blocks.get(name))
     return [*system, {"role": "user", "content": content}]
 
 

@@ -109,6 +109,7 @@ def presets(args: Args) -> dict:
 # --------------------------------------------------------------------------------------------------
 ANSWER = "The final answer is {answer}."
 SOLUTION = "A solution that passed the check:\n{solution}"
+LAYOUT = ("question", "reference")
 
 
 def teacher_chat(problem: Problem, args: Args) -> list[dict]:
@@ -125,7 +126,9 @@ def teacher_chat(problem: Problem, args: Args) -> list[dict]:
     missing = f"problem {problem.id} has no {args.hint}: take the other --hint, or other data"
     require(reference is not None, missing)
     *system, user = problem.messages
-    return [*system, {"role": "user", "content": f"{user['content']}\n\n{block}"}]
+    blocks = {"question": user["content"], "reference": block}
+    content = "\n\n".join(blocks[name] for name in LAYOUT)
+    return [*system, {"role": "user", "content": content}]
 
 
 def teacher_prompts(batch: Batch, rollouts: Rollouts, args: Args) -> list[list[int]]:

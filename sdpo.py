@@ -115,6 +115,7 @@ def presets(args: Args) -> dict:
 SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
 CLOSING = "Now solve the problem in your own words."
+LAYOUT = ("question", "solution", "feedback", "closing")  # the order of Table 2
 
 
 def choose_sibling(group: Group, i: int, rng: random.Random) -> int | None:
@@ -135,16 +136,17 @@ def teacher_chat(problem: Problem, solution: str | None, feedback: str | None,
     >>> teacher_chat(p, "<think>hm</think>2", "no", Args())[0]["content"].split("\\n\\n")[1:-1]
     ['A solution that passed the check:\\n2']
     """
-    blocks = []
+    blocks = {}
     if solution is not None and args.context != "feedback":
-        blocks.append(SOLUTION.format(solution=after_thoughts(solution)))
+        blocks["solution"] = SOLUTION.format(solution=after_thoughts(solution))
     wanted = args.context in ("feedback", "both") or (args.context == "either" and not blocks)
     if feedback and wanted:
-        blocks.append(FEEDBACK.format(feedback=feedback))
+        blocks["feedback"] = FEEDBACK.format(feedback=feedback)
     if not blocks:
         return None
     *system, user = problem.messages
-    content = "\n\n".join([user["content"], *blocks, CLOSING])
+    blocks |= {"question": user["content"], "closing": CLOSING}
+    content = "\n\n".join(blocks[name] for name in LAYOUT if blocks.get(name))
     return [*system, {"role": "user", "content": content}]
 
 

@@ -188,7 +188,7 @@ def given_answer(verifier: str, text: str) -> str | None:
     if verifier not in ("math", "chain"):
         return None
     answer = final_answer(text)
-    return "".join(answer.split()) if answer else None
+    return "".join(answer.strip("$").split()) if answer else None
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -18,6 +18,7 @@ from common import require
 from common.architecture import check_architecture, context_length, empty_lm
 from common.chat import as_text, chat_ids, load_tokenizer
 from common.policy import Policy, full_weights, score
+from common.report import heldout_row
 from common.sampler import HFSampler, Rollout, make_sampler
 from common.tasks import Problem, load_task, take
 from common.verifiers import Verdict
@@ -225,7 +226,10 @@ class Rollouts:
         mine = range(self.run.rank, len(self.task.heldout), self.run.world)
         problems = [self.task.heldout[i] for i in mine]
         samples = self.args.setup.eval_samples
-        return mine, self.answer(problems, samples, EVALUATE, mine, "evaluate")
+        groups = self.answer(problems, samples, EVALUATE, mine, "evaluate")
+        with self.run.writing(self.run.folder / "heldout.jsonl"):
+            self.run.append("heldout", [heldout_row(self.run.step, groups)])
+        return mine, groups
 
     def teacher_accuracy(self, teacher: Policy, policy: Policy, batch: Batch,
                          prompts: list[list[int]], has_context: Tensor) -> dict[str, list[float]]:

@@ -1,6 +1,7 @@
 """A run: its processes, its folder, its log, its checkpoints.
 
-    runs/NAME/args.json  metrics.jsonl  rollouts.jsonl  curves.png  checkpoints/step_000100/
+    runs/NAME/args.json  metrics.jsonl  rollouts.jsonl  checkpoints/step_000100/
+              curves.png  report.html  and what it is made of: example.jsonl  heldout.jsonl
 
 One process and many run the same lines.
 """
@@ -31,10 +32,12 @@ from tqdm import tqdm
 
 from common import TIMEOUT, checkpoints, memory, require
 from common.log import draw_curves, make_tracker, reduce_over_ranks
+from common.report import first_example, write_report
 from common.settings import changes, check_settings, flat
 
 PATIENCE = 5  # steps in a row without a finite gradient, until the run gives up
 EDITION = 2  # of the checkpoints' state
+RECORDS = ("example.jsonl", "heldout.jsonl", "rollouts.jsonl", "metrics.jsonl")  # rows of steps
 
 
 def rendezvous() -> tuple[dist.Store, int, int]:
@@ -245,8 +248,6 @@ class Run:
         self.phase("other")
         if batch is not None:
             self.collect(batch.metrics())
-            if not self.shown:
-                self.show(batch, teacher_prompts)
         row = {"step": self.step, **reduce_over_ranks(self.collected)}
         row |= {f"time/{phase}": seconds for phase, seconds in self.times.items()}
         row["time/step"] = sum(self.times.values())
@@ -257,6 +258,9 @@ class Run:
         with self.writing(self.folder / "metrics.jsonl"):
             self.append("metrics", [row])
             if batch is not None:
+                if not self.shown:
+                    first_example(self, batch, teacher_prompts)
+                self.shown = True
                 self.append("rollouts", [{"step": self.step, **r} for r in batch.examples()])
         if self.rank == 0:
             self.history.append(row)
@@ -295,18 +299,6 @@ class Run:
     def say(self, text: str) -> None:
         if self.rank == 0:
             tqdm.write(text)
-
-    def show(self, batch, teacher_prompts: list | None) -> None:
-        """Print the first step's best response as the model sees it; the loss is on ⟦…⟧."""
-        self.shown = True
-        decode = self.tokenizer.decode
-        best = int(batch.rewards.flatten().argmax())
-        line, trained = "─" * 30, batch.responses[best]
-        self.say(f"{line} first example {line}\n{decode(batch.prompts[best])}")
-        self.say(f"[loss: {len(trained)} tokens] ⟦{decode(trained)}⟧")
-        if teacher_prompts is not None:
-            self.say(f"teacher's prompt:\n{decode(teacher_prompts[best])}")
-        self.say("─" * 75)
 
     @contextmanager
     def writing(self, what: Path) -> Iterator[None]:
@@ -372,7 +364,7 @@ class Run:
 
     def rewind(self) -> None:
         """Drop what was logged after the resumed step, or cut short by a kill."""
-        for name in ("rollouts.jsonl", "metrics.jsonl"):  # the metrics last: they are the history
+        for name in RECORDS:  # the metrics last: they are the history
             path, part = self.folder / name, self.folder / f"tmp-{name}"
             rows = []
             if path.exists():
@@ -409,6 +401,7 @@ class Run:
             self.log()
         if self.rank == 0 and self.history:
             draw_curves(self.history, self.folder / "curves.png", title=self.folder.name)
+            write_report(self)
         sys.excepthook = sys.__excepthook__
         how = "done"
         if self.setup.dry_run:

@@ -31,12 +31,13 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 
 def lighten(put=setattr) -> None:
-    """Runs choose from few problems and draw no curves: two seconds of each, and no number that a law is about."""
+    """Runs choose from few problems, draw no curves and write no report: two seconds of each, and no number that a law is about."""
     from common import run
     from common.tasks import chain
 
     put(chain, "SIZE", 128)
     put(run, "draw_curves", lambda *args, **named: None)
+    put(run, "write_report", lambda *args: None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -353,7 +353,7 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path, one_pr
         load_policy(path, CPU, Setup(checkpointing=False))
 
 
-def test_quantized_weights_are_refused(tmp_path):
+def test_quantized_weights_are_refused(tmp_path, one_process):
     path = random_model(family("llama"), tmp_path / "model")
     edit(path, "config.json", quantization_config={"quant_method": "fp8"})
     for load in (empty_lm, lambda path: load_policy(path, CPU, Setup(checkpointing=False))):
@@ -361,7 +361,7 @@ def test_quantized_weights_are_refused(tmp_path):
             load(path)
 
 
-def test_attention_to_later_tokens_is_refused(tmp_path):
+def test_attention_to_later_tokens_is_refused(tmp_path, one_process):
     path = random_model(family("gemma3_text"), tmp_path / "model")
     edit(path, "config.json", use_bidirectional_attention=True)
     for load in (lambda path: check_architecture(empty_lm(path), path),

@@ -42,7 +42,7 @@ def test_the_interval_covers_the_true_mean_about_95_times_in_100():
 
 def test_an_answer_is_taken_from_the_part_that_counts():
     given = evaluate.given_answer
-    assert given("math", r"<think>\boxed{1}</think> \boxed{2} \boxed{ 3 }") == "3" and given("math", "five") is None
+    assert given("math", r"<think>\boxed{1}</think> \boxed{2}. So \boxed{ 3 }") == "3" and given("math", "five") is None
     assert given("math", "The answer is: $1,204.5.") == "1,204.5" and given("math", "#### 12 \nyes") == "12"
     assert given("chain", "1+1=2; #### 2") == "2" and given("code", "```\n1\n```") is None
     assert given("choice", "<answer>A</answer><answer> B </answer>") == "B"

@@ -18,7 +18,7 @@ import torch
 from conftest import CHAIN, ROOT
 from test_house import ALGORITHMS
 
-from common import chat, rollouts, run, tasks
+from common import chat, memory, rollouts, run, tasks
 from common import settings as common_settings
 from common.settings import parse
 from common.tasks import chain
@@ -35,7 +35,7 @@ def commands(page) -> list[str]:
     text = page.read_text() if page.suffix == ".md" else ast.get_docstring(ast.parse(page.read_text()))
     found = [line for block in ([text] if page.suffix == ".py" else re.findall(r"```.*?\n(.*?)```", text, re.DOTALL))
              for line in COMMAND.findall(block)]
-    found += re.findall(rf"`((?:{FILES})\.py --[^`]+)`", text)
+    found += re.findall(rf"`((?:python )?(?:{FILES})\.py --[^`]+)`", text)
     return [" ".join(shlex.split(line.replace("\\\n", " "), comments=True)) for line in found]
 
 
@@ -114,6 +114,7 @@ def test_every_printed_command_dry_runs(page, command, model, measured_once, tmp
     monkeypatch.setattr(rollouts, "load_task", lambda spec, heldout, **_: problems(heldout, train))
     vllm(monkeypatch, there=True)
     many(monkeypatch, world, local)
+    monkeypatch.setattr(memory, "activations", lambda lm, load: (0, 0))  # tests/test_memory.py has them
     setup = dataclasses.replace(args.setup, dry_run=True, out=str(tmp_path))
     try:
         module.main(dataclasses.replace(args, model=model, task="chain", setup=setup))
@@ -151,11 +152,12 @@ def test_a_dry_run_counts_what_a_run_would_do(local, tmp_path, monkeypatch, caps
         "--out", str(tmp_path / "runs"))
     plan = capsys.readouterr().out
     count = sum(p.numel() for p in module_parameters())
-    state = 4 * count + 4 * count + 8 * count + 2 * 4 * count  # weights, gradients, AdamW, teacher and reference
+    state, copies = 4 * count + 4 * count + 8 * count, 2 * 4 * count  # weights, gradients, AdamW; teacher and reference
     for words in ("--group_size 4", "32 questions, 128 responses of at most 50 tokens, 1 update(s); 8 process(es)",
                   f"{count:,} parameters, context 1,024 tokens",
-                  f"{state / local / 2**30:.3f} GiB of weights, gradients and AdamW",
-                  f"{4 * count / 2**30:.3f} GiB of the sampler's weights"):
+                  f"{state / local / 2**30:.3f}  weights, gradient, AdamW: {count:,} parameters / {local}",
+                  f"{copies / local / 2**30:.3f}  2 more model(s)",
+                  f"{4 * count / 2**30:.3f}  the sampler's weights"):
         assert words in plan, words
     assert not (tmp_path / "runs").exists()
 

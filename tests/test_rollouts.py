@@ -1,5 +1,7 @@
 """Batch and Rollouts: problems in, judged responses out, the same for any number of ranks."""
 import json
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -101,8 +103,11 @@ def make(one_process):
 
     def rollouts_of(rank: int = 0, world: int = 1) -> Rollouts:
         phases = []
-        run = SimpleNamespace(rank=rank, world=world, device=CPU, phase=phases.append, phases=phases,
-                              collect=lambda metrics: None)
+        kept = []
+        run = SimpleNamespace(rank=rank, world=world, device=CPU, phase=phases.append, phases=phases, step=7,
+                              collect=lambda metrics: None, folder=Path("run"), kept=kept,
+                              writing=lambda path: nullcontext(),
+                              append=lambda name, rows: kept.append((name, rows)))
         rollouts = Rollouts(parse(grpo.Args, grpo.presets, SMALL), run)
         rollouts.sync(policy)
         made.append(rollouts)
@@ -167,6 +172,10 @@ def test_evaluation_shows_no_hint_and_is_logged_under_its_names(make):
     assert metrics.keys() == {"heldout/pass@1", "heldout/length"}
     assert len(metrics["heldout/pass@1"]) == len(metrics["heldout/length"]) == 5 * 2
     assert set(metrics["heldout/pass@1"]) <= {0.0, 1.0}
+    (name, (row,)), = rollouts.run.kept  # for the report
+    assert name == "heldout" and row["step"] == 7
+    assert list(row["answers"]) == [problem.id for problem in rollouts.task.heldout]
+    assert [reward for _, _, reward in row["answers"].values()] == metrics["heldout/pass@1"][::2]
 
 
 def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):

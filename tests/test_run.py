@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import grpo
-from common import checkpoints, log, rollouts
+from common import checkpoints, log, report, rollouts
 from common import run as runs
 from common.log import reduce_over_ranks
 from common.run import Run
@@ -60,6 +60,13 @@ def assert_same_run(a, b, step: int) -> None:
     assert all(torch.equal(wa[n], wb[n]) for n in wa)
 
 
+def assert_same_report(a, b) -> None:
+    """What the report is made of, beside the metrics."""
+    assert (a / "heldout.jsonl").read_text() == (b / "heldout.jsonl").read_text()
+    first_examples = [(run / "example.jsonl").read_text().splitlines()[0] for run in (a, b)]
+    assert first_examples[0] == first_examples[1]
+
+
 FOUR_STEPS = ["--steps", "4", "--save_every", "2"]
 
 
@@ -67,17 +74,16 @@ FOUR_STEPS = ["--steps", "4", "--save_every", "2"]
 def finished_run(tmp_path_factory):
     """The folder of a run `r` of four steps with checkpoints after two and four. Nothing may be written to it."""
     out = tmp_path_factory.mktemp("runs")
-    model = shutil.copytree(CHAIN, out / "model")
-    (model / "generation_config.json").write_text('{"eos_token_id": 0}')  # not what ends a turn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "draw_curves", log.draw_curves)
-        run_grpo(out, "--model", str(model), *FOUR_STEPS, "--name", "r", "--track", "tensorboard")
+        patch.setattr(runs, "write_report", report.write_report)
+        run_grpo(out, *FOUR_STEPS, "--name", "r", "--track", "tensorboard")
     return out
 
 
 def test_a_run_leaves_what_the_readme_promises(finished_run):
     run = finished_run / "r"
-    promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints"}
+    promised = {"args.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "checkpoints", "report.html"}
     assert {p.name for p in run.iterdir()} >= promised
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG") and list((run / "tensorboard").iterdir())
     assert json.loads((run / "args.json").read_text())["steps"] == 4
@@ -94,16 +100,14 @@ def test_a_run_leaves_what_the_readme_promises(finished_run):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Compute 23+45."}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
-    assert set(GenerationConfig.from_pretrained(folder).eos_token_id) == {0, tokenizer.eos_token_id}
     dumped = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     assert dumped.keys() >= {"step", "id", "response", "reward"}
 
 
 def test_four_steps_are_two_and_a_resume_and_two_bitwise(finished_run, tmp_path):
     """As a shorter run leaves its folder."""
-    flags = ["--model", str(finished_run / "model"), "--name", "parts"]
-    run_grpo(tmp_path, "--steps", "2", *flags)
-    run_grpo(tmp_path, "--steps", "4", *flags, "--resume", "auto")
+    run_grpo(tmp_path, "--steps", "2", "--name", "parts")
+    run_grpo(tmp_path, "--steps", "4", "--name", "parts", "--resume", "auto")
     assert_same_run(finished_run / "r", tmp_path / "parts", 4)
 
 
@@ -116,6 +120,7 @@ def test_two_steps_with_everything_are_one_and_a_resume_and_one_bitwise(tmp_path
     interrupted(tmp_path / "whole", "parts", 1)
     run_grpo(tmp_path, "--steps", "2", "--name", "parts", "--resume", "auto", *EVERYTHING)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 2)
+    assert_same_report(tmp_path / "whole", tmp_path / "parts")
 
 
 def whole_part_and_resumed(out: str) -> None:
@@ -127,7 +132,14 @@ def whole_part_and_resumed(out: str) -> None:
         interrupted(Path(out) / "whole", "parts", 2)
     grpo_in_a_rank([*flags, *FOUR_STEPS, "--name", "parts", "--resume", "auto"])
     another_port()
-    grpo_in_a_rank([*flags, "--max_tokens", "2", "--steps", "1", "--name", "zero"])
+    model = Path(out) / "model"
+    if os.environ["RANK"] == "0":
+        unfinished = shutil.copytree(CHAIN, f"{model}.tmp")
+        (Path(unfinished) / "generation_config.json").write_text('{"eos_token_id": 0}')  # not what ends a turn
+        os.rename(unfinished, model)
+    while not model.exists():
+        time.sleep(0.1)
+    grpo_in_a_rank([*flags, "--model", str(model), "--max_tokens", "2", "--steps", "1", "--name", "zero"])
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +151,7 @@ def two_processes(tmp_path_factory):
 
 def test_four_steps_are_two_and_a_resume_and_two_bitwise_in_two_processes(two_processes):
     assert_same_run(two_processes / "whole", two_processes / "parts", 4)
+    assert_same_report(two_processes / "whole", two_processes / "parts")
     assert "resumed from" in (two_processes / "log").read_text()
 
 
@@ -148,6 +161,13 @@ def test_the_manifest_lists_the_files_of_both_processes(two_processes):
     listed = json.loads((folder / "manifest.json").read_text())
     assert len([name for name in written if name.endswith(".distcp")]) == 2
     assert listed.keys() == written - {"manifest.json"}  # each rank's files and the first one's
+
+
+def test_a_checkpoint_ends_a_response_where_training_did(two_processes):
+    """The start's own end token and that of the chat template."""
+    folder = two_processes / "zero" / "checkpoints" / "step_000001"
+    own = AutoTokenizer.from_pretrained(folder).eos_token_id
+    assert set(GenerationConfig.from_pretrained(folder).eos_token_id) == {0, own}
 
 
 def test_groups_with_equal_rewards_are_counted_and_change_nothing(two_processes):

@@ -136,7 +136,7 @@ def test_the_instruction_that_all_questions_share_is_no_overlap(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 def test_fields_are_found_by_their_usual_names_or_by_flag(tmp_path):
     p = as_problem({"problem": "1?", "answer": 27.0, "solution": "so"}, "here", "", None)
-    assert (p.answer, p.solution, p.kind) == ("27.0", "so", "math")
+    assert (p.answer, p.solution, p.kind) == ("27", "so", "math")
     assert p.messages == [{"role": "user", "content": f"1?\n\n{INSTRUCTION}"}]
     p = as_problem({"q": "1?", "gold": "2", "prompt": "no", "system": "S"}, "here", "question=q,answer=gold", "Answer.")
     assert p.messages == [{"role": "system", "content": "S"}, {"role": "user", "content": "1?\n\nAnswer."}]

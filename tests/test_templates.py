@@ -24,7 +24,7 @@ import hsd
 import sdpo
 from common import rollouts, sampler
 from common.chat import as_text, chat_ids, end_tokens, load_tokenizer, response_text, turn_end
-from common.sampler import HFSampler, VLLMSampler
+from common.sampler import HFSampler, as_rollout
 from common.settings import parse
 from common.tasks import Problem
 from common.verifiers import Verdict
@@ -224,9 +224,7 @@ def test_both_samplers_read_a_response_as_one_function_does():
     prompt = chat_ids(tokenizer, ASK)
     ids = ids_of(tokenizer, "4?</think>5<|im_end|>")
     end = ids[-1]
-    logprobs = [{i: SimpleNamespace(logprob=-1.0)} for i in ids]
-    sample = SimpleNamespace(token_ids=ids, logprobs=logprobs)
-    rollout = VLLMSampler.rollout(SimpleNamespace(tokenizer=tokenizer, ends=[end]), prompt, sample)
+    rollout = as_rollout(SimpleNamespace(tokenizer=tokenizer, ends=[end]), prompt, ids, [-1.0] * len(ids))
     assert rollout.text == response_text(tokenizer, prompt, ids) == "<think>4?</think>5"
 
 

@@ -59,14 +59,18 @@ def closed_blocks(text: str) -> list[Block]:
     """The fenced blocks, without one that the text leaves open: that is unfinished."""
     lines = text.split("\n")
     blocks = []
-    for token in FENCES.parse(text):
+    zero = "\ue000"  # CommonMark would put U+FFFD for a zero, and the program would run
+    for token in FENCES.parse(text.replace("\0", zero)):
         if token.type != "fence":
             continue
         first, end = token.map
         last = lines[end - 1].strip(" \t>")  # a quote's marks precede the fence's
         if end - first > 1 and last.startswith(token.markup) and not last.strip(token.markup[0]):
             language = token.info.strip().lower().partition(" ")[0]
-            blocks.append(Block(language, token.content))
+            content = token.content
+            if "\0" in text:
+                content = content.replace(zero, "\0")
+            blocks.append(Block(language, content))
     return blocks
 
 

@@ -18,7 +18,7 @@ WALKS = {  # by the number of ranks
         "hsd --lora_rank 4 --teacher ema --beta 0.01 --checkpointing --steps 1",
         "hsd --lora_rank 4 --teacher ema --beta 0.01 --checkpointing --steps 2 --resume auto",
         "sdpo --teacher trust_region --kl jsd --top_k 20 --lam 0.5 --minibatches 2 --steps 1",
-        "rlsd --teacher_every 1 --minibatches 2 --steps 2",
+        "rlsd --teacher_every 1 --minibatches 2 --steps 1",
         "sdzero --srt_questions 16 --sd_questions 16 --srt_batch 8 --kl forward --top_k 8",
     ],
     8: [

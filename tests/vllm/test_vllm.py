@@ -180,9 +180,3 @@ def test_two_processes_that_share_an_engine_train_as_with_one_each(two):
     assert len(trained(two / "shared")) == 2
     for name in ("reward/mean", "heldout/pass@1"):
         assert [row.get(name) for row in rows(two / "each")] == [row.get(name) for row in rows(two / "shared")]
-
-
-def test_without_vllm_the_error_names_the_remedy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(SystemExit, match=r"requirements-vllm.txt.*or take --sampler hf"):
-        VLLMSampler(CHAIN, load_tokenizer(CHAIN), CPU)
