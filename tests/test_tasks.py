@@ -208,6 +208,12 @@ def test_what_was_recognised_is_told_and_what_the_flag_states_is_not(tmp_path):
     assert stated.notes == () and {p.kind for p in stated.train} == {"choice"}
 
 
+def test_references_that_only_the_same_text_answers_are_told_at_load(tmp_path):
+    spec = write(tmp_path / "a.jsonl", [*sums(3), {"question": "Which law?", "answer": r"\forall x \exists y"}])
+    notes = load_task(spec, heldout=1, kind="math").notes
+    assert len(notes) == 1 and notes[0].startswith("1 of 4 reference answers are compared as text")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # named sets, from a folder
 # ---------------------------------------------------------------------------------------------------------------------
