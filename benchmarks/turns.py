@@ -1,4 +1,5 @@
-"""Step time of this checkout against another one of this repository, in turns, alone on the machine.
+"""Step time of this checkout against another one of this repository, in turns, alone on the machine
+(`--files` names the method files).
 
     git worktree add /tmp/before COMMIT
     python benchmarks/turns.py --other /tmp/before
@@ -37,9 +38,11 @@ class Args:
 def seconds_per_step(root: Path, file: str, seed: int, args: Args) -> list[float]:
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, f"{file}.py", "--demo", "--seed", str(seed), "--out", out, "--name", "run",
-                   "--steps", str(args.steps), "--eval_every", "1000000", "--save_every", "1000000"]
+                   "--eval_every", "1000000", "--save_every", "1000000"]
         if file == "sdzero":
-            command += ["--phase", "sd"]
+            command += ["--phase", "sd", "--sd_questions", str(64 * args.steps)]
+        else:
+            command += ["--steps", str(args.steps)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -64,10 +67,15 @@ def main(args: Args) -> None:
         ratio = statistics.median(seconds["this"]) / statistics.median(seconds["other"])
         found[file] = {"seconds per step": seconds, "this / other": round(ratio, 3)}
         print(f"{file}: {seconds} → {ratio:.3f}", flush=True)
+        write(args, found)
+
+
+def write(args: Args, found: dict) -> None:
     out = ROOT / "results" / "turns"
     out.mkdir(parents=True, exist_ok=True)
     hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.threads} thread(s)"
-    result = {"command": " ".join(["python", "benchmarks/turns.py", *sys.argv[1:]]), "this": commit(ROOT),
+    typed = ["OTHER" if word == str(args.other) else word for word in sys.argv[1:]]
+    result = {"command": " ".join(["python", "benchmarks/turns.py", *typed]), "this": commit(ROOT),
               "other": commit(args.other), "hardware": hardware, "files": found}
     (out / f"{args.name}.json").write_text(json.dumps(result, indent=1))
 
