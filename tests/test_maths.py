@@ -6,7 +6,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.tasks import maths
@@ -403,6 +403,7 @@ decimals = st.builds(lambda n, k: Fraction(n, 10**k), st.integers(-(10**6), 10**
 fractions = st.builds(Fraction, st.integers(-300, 300), st.integers(2, 99))
 
 
+@example(value=Fraction(1201, 500), other=Fraction(2201, 500), which=11)  # 2 201/500
 @given(value=whole_numbers | decimals | fractions, other=whole_numbers | decimals | fractions, which=st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
 def test_a_number_is_its_value_in_every_form(value, other, which):

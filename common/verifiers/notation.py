@@ -216,7 +216,9 @@ TEXTS = set(  # commands that set text or letters upright
 )
 
 GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"  # 1,234 | 1,00,000
-SPACED = r"[1-9]\d{0,2}(?: \d{3})+(?!\d)|\d{1,3}(?:'\d{3})+(?!\d)"  # 1 000 000 | 1'000
+MIXED = r"\d+ [1-9]\d\d\s*/\s*\d"  # 2 201/500 is 2 and 201/500
+THIN = r"[1-9]\d{0,2}(?: \d{3})+(?!\d)"  # 1 000 000
+SPACED = rf"(?!{MIXED}){THIN}|\d{{1,3}}(?:'\d{{3}})+(?!\d)"  # or 1'000
 BARRED = r"\\(?:overline|bar)\s*(?:\{\d+\}|\d)"  # 0.1\overline{6}
 DOTTED = r"\\dot\s*[\d{}]+(?:\\dot\s*[\d{}]+)?"  # 0.\dot{1}4285\dot{7}
 BLOCK = rf"{BARRED}|{DOTTED}|\(\d+\)"  # 0.1(6)
