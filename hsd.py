@@ -371,8 +371,7 @@ def failed_with_peer(batch: Batch, peers: list[int | None]) -> Iterator[tuple[in
 
 
 def coverage(p: Tensor, G: int) -> Tensor:
-    """f(p, G), Eq. 12: the expected share of rollouts that fail and have a peer; p: pass rates [Q].
-    """
+    """f(p, G), Eq. 12: the expected share of failed rollouts with a peer, at pass rates p [Q]."""
     return (1 - p) * (1 - (1 - p) ** (G - 1))
 
 

@@ -561,6 +561,7 @@ def check_lengths(srt_problems: list[Problem], sd_problems: list[Problem], rollo
         responses = 1 if args.baseline == "rft" else 2
         chats = [problem.messages + control for problem in srt_problems]
         rollouts.check_lengths(chats, responses, "srt_max_tokens", why)
+        rollouts.sampled = rollouts.longest  # a revision is sampled behind its first attempt
     if args.phase != "srt":
         rollouts.check_lengths([problem.messages + control for problem in sd_problems], 2, why=why)
 
@@ -606,7 +607,7 @@ def evaluate(rollouts: Rollouts, policy: Policy, args: Args) -> dict:
     for key, group in zip(keys, groups):
         r = int(group.verdicts[0].reward == 1)
         prompt = reviser_prompt(group.rollouts[0], r, rollouts)
-        if len(prompt) + args.max_tokens <= rollouts.context_length:
+        if len(prompt) + args.max_tokens <= rollouts.sampler.context:
             fits.append((key, group.problem, prompt, r))
     revised = rollouts.answer(
         [problem for _, problem, _, _ in fits], 1, EVALUATE_REVISION,

@@ -127,7 +127,7 @@ class Rollouts:
         self.context_length = context_length(AutoConfig.from_pretrained(args.model))
         self.longest = 0  # tokens of the longest sequence that `check_lengths` expects
         self.check_lengths([problem.messages for problem in problems])
-        self.sampled = self.longest  # tokens of the longest prompt without a hint, and its response
+        self.sampled = self.longest  # the same for what the sampler reads: it sees no hint
 
     def sync(self, policy: Policy) -> None:
         """Give the engine the policy's weights. A collective."""
@@ -138,8 +138,8 @@ class Rollouts:
         self.sampler = make_sampler(self.args, self.tokenizer, self.run.device)
         first_sync(self.sampler, policy, self.chat_ids(self.task.heldout[0].messages))
         require(
-            self.longest <= self.sampler.context,
-            f"a sequence of up to {self.longest} tokens can exceed the {self.sampler.context} "
+            self.sampled <= self.sampler.context,
+            f"a sequence of up to {self.sampled} tokens can exceed the {self.sampler.context} "
             "tokens that the sampler has room for; lower --max_tokens, or raise --vllm_memory",
         )
 
@@ -243,7 +243,7 @@ class Rollouts:
             problems += [group.problem] * len(group.rollouts)
         chosen = []
         for i, prompt in enumerate(prompts):
-            fits = len(prompt) + self.args.max_tokens <= self.context_length
+            fits = len(prompt) + self.args.max_tokens <= self.sampler.context
             if has_context.flatten()[i] and fits:
                 chosen.append(i)
         self.run.phase("evaluate")
@@ -269,12 +269,6 @@ class Rollouts:
         args = self.args
         if prompts is None:
             prompts = [self.chat_ids(problem.messages) for problem in problems]
-            longest = max(map(len, prompts), default=0)  # also of a problem that was made just now
-            require(
-                longest + args.max_tokens <= self.context_length,
-                f"a prompt of {longest} tokens and --max_tokens {args.max_tokens} exceed the "
-                f"model's context of {self.context_length}; lower --max_tokens",
-            )
         settings = {
             "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p,
         }

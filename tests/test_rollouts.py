@@ -185,12 +185,13 @@ def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):
     has_context = torch.zeros_like(batch.truncated)
     has_context[1:3, :2] = True
     prompts = list(batch.prompts)
-    prompts[3] = [5] * rollouts.context_length  # of question 1: no room for a response
+    prompts[3] = [5] * (rollouts.context_length // 2)  # of question 1: the engine has no room for it
     teacher = frozen_copy(policy, CPU)
     with torch.no_grad():
         for p in policy.parameters():
             p.to_local().add_(0.05 * torch.randn_like(p.to_local()))
     rollouts.sync(policy)
+    rollouts.sampler.context = rollouts.context_length // 2  # as a vLLM with a small KV cache
     loaded = []
     load = rollouts.sampler.load
     rollouts.sampler.load = lambda weights: loaded.append(1) or load(weights)
