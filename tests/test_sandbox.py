@@ -826,7 +826,7 @@ verifier([Problem("p", [], kind="code", meta=meta)] * 8, ["```python\\nimport ti
 
 @pytest.mark.parametrize("unsafe", WAYS)
 def test_one_interrupt_ends_the_run_and_all_that_it_started(unsafe):
-    limit = 2000 + os.getpid() % 1000  # seconds: in the command lines of the sandboxes, so they can be found
+    limit = 2000 + 2 * (os.getpid() % 1000) + unsafe  # seconds: in the sandboxes' command lines, so they can be found
     source, token = INTERRUPTED.format(limit=limit, unsafe=unsafe), f"main('serve', {6 * limit + 1},"
     run = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60

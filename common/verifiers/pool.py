@@ -12,7 +12,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ JUDGES = {  # code is missing: its judge needs a sandbox
 }
 LIBRARIES = {"math": "math_verify", "gym": "reasoning_gym"}  # kinds that need a worker
 MAX_FEEDBACK = 2**13  # characters
+BEAT = 0.5  # seconds after which Ctrl-C is noticed at the latest
 IN_PROCESS = ("chain", "choice", "tool")  # cannot hang: one pass over the text, small integers
 
 
@@ -75,6 +76,9 @@ class Verifier:
         try:
             for row in zip(*columns):
                 jobs.append(self.pool.submit(function, *row))
+            for job in jobs:
+                while not job.done():  # Ctrl-C may reach a thread that does not wake this one
+                    wait([job], BEAT)
             return [job.result() for job in jobs]
         except KeyboardInterrupt:
             self.pool.shutdown(wait=False, cancel_futures=True)
