@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common import require
-from common.microbatches import micro_batches
+from common.microbatches import Micro, micro_batches
 from common.policy import (
     ema_update, frozen_copy, load_policy, make_optimizer, mismatch, optimizer_step, score,
     warm_up,
@@ -51,6 +51,7 @@ from common.rollouts import Batch, Group, Rollouts, check_fits
 from common.run import Run
 from common.settings import Flat, Setup, parse
 from common.tasks import Problem
+from common.teacher import kl_by_place, teacher_answers
 from kernels.head import Divergence, TokenStats
 
 
@@ -303,7 +304,7 @@ def main(args: Args) -> None:
                 temperature=args.temperature,
             )
             total.backward()
-            run.collect(diagnostics(stats, inputs))
+            run.collect(diagnostics(stats, inputs, micro, batch, rollouts.tokenizer))
             credits |= micro.split(credit(stats))
         lr = args.lr * warm_up(step, args.warmup)
         run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
@@ -312,6 +313,8 @@ def main(args: Args) -> None:
         teacher.reshard()  # to be read, its embeddings and head were gathered
 
         rollouts.sync(policy)
+        if step == 0:
+            run.collect(teacher_answers(rollouts, teacher, policy, batch, hinted, has_context))
         run.collect(where_credit_is(batch, has_context, peers, credits))
         run.log(batch, hinted)
     run.finish(rollouts)
@@ -334,17 +337,22 @@ def check(rollouts: Rollouts, args: Args) -> None:
 # --------------------------------------------------------------------------------------------------
 # 5. measurements
 # --------------------------------------------------------------------------------------------------
-def diagnostics(stats: TokenStats, x: Inputs) -> dict[str, Tensor]:
+def diagnostics(stats: TokenStats, x: Inputs, micro: Micro, batch: Batch,
+                tokenizer) -> dict[str, Tensor]:
     """Per-token metrics [T] (docs/metrics.md); the log takes their mean or maximum."""
     informed = x.has_context == 1
+    reward = micro.per_token(batch.rewards)
     out = {
         "entropy": stats.entropy,
         "teacher/entropy": stats.teacher_entropy[informed],
         "kl": stats.kl[informed],
+        "kl/right": stats.kl[informed & (reward == 1)],
+        "kl/wrong": stats.kl[informed & (reward < 1)],
         "credit/mean_abs": credit(stats)[informed].abs(),
     }
     if x.ref_logp is not None:
         out["kl_ref"] = k2(stats.logp, x.ref_logp)
+    out |= kl_by_place(stats.kl, micro, tokenizer, informed)
     return out | mismatch(stats.logp, x.sampler_logp)
 
 

@@ -47,6 +47,7 @@ from common.rollouts import Batch, Rollouts, check_fits
 from common.run import Run
 from common.settings import Flat, Setup, parse
 from common.tasks import Problem
+from common.teacher import teacher_answers
 from kernels.head import TokenStats
 
 
@@ -276,6 +277,9 @@ def main(args: Args) -> None:
             ema_update(teacher, policy, rate=1.0)
 
         rollouts.sync(policy)
+        if step == 0 and lam > 0:
+            everywhere = torch.ones_like(A)
+            run.collect(teacher_answers(rollouts, teacher, policy, batch, hinted, everywhere))
         leaks = [refers_to_a_reference(rollout.text) for rollout in batch.rollouts]
         run.collect({"lam": [lam], "leak/rate": leaks})
         run.log(batch, hinted)

@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common import require
-from common.microbatches import micro_batches
+from common.microbatches import Micro, micro_batches
 from common.policy import (
     Policy, bounded_exp, ema_update, frozen_copy, load_policy, make_optimizer, mismatch,
     optimizer_step, rollout_mean, score, warm_up,
@@ -48,6 +48,7 @@ from common.rollouts import Batch, Group, Rollouts, check_fits
 from common.run import Run
 from common.settings import Flat, Setup, parse
 from common.tasks import Problem
+from common.teacher import kl_by_place, teacher_answers
 from common.verifiers.thoughts import after_thoughts
 from kernels.divergence import Pair
 from kernels.head import Divergence, TokenStats
@@ -320,7 +321,7 @@ def main(args: Args) -> None:
                     per_response=args.granularity == "sequence",
                 )
                 total.backward()
-                run.collect(diagnostics(stats, inputs, micro.per_token(batch.rewards)))
+                run.collect(diagnostics(stats, inputs, micro, batch, rollouts.tokenizer))
             lr = args.lr * warm_up(step, args.warmup)
             run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
         if args.teacher == "ema":  # once per step, after all its updates, as released
@@ -328,7 +329,7 @@ def main(args: Args) -> None:
         slow.reshard()  # to be read, its embeddings and head were gathered
         rollouts.sync(policy)
         if step % args.setup.eval_every == 0:
-            run.collect(rollouts.teacher_accuracy(slow, policy, batch, hinted, has_context))
+            run.collect(teacher_answers(rollouts, slow, policy, batch, hinted, has_context))
         run.collect({f"context/{kind}": [k == kind for k in shown] for kind in KINDS})
         run.log(batch, hinted)
     run.finish(rollouts)
@@ -368,9 +369,11 @@ def check(rollouts: Rollouts, args: Args) -> None:
 KINDS = ("solution", "feedback", "none")  # what a teacher's prompt shows; a solution comes first
 
 
-def diagnostics(stats: TokenStats, x: Inputs, reward: Tensor) -> dict[str, Tensor]:
+def diagnostics(stats: TokenStats, x: Inputs, micro: Micro, batch: Batch,
+                tokenizer) -> dict[str, Tensor]:
     """Per-token metrics [T] (docs/metrics.md); the log takes their mean or maximum."""
     informed = x.has_context == 1
+    reward = micro.per_token(batch.rewards)
     old_logp = stats.logp if x.old_logp is None else x.old_logp
     out = {
         "entropy": stats.entropy,
@@ -380,6 +383,7 @@ def diagnostics(stats: TokenStats, x: Inputs, reward: Tensor) -> dict[str, Tenso
         "kl/wrong": stats.kl[informed & (reward < 1)],
         "advantage/mean_abs": (stats.teacher_logp - stats.logp)[informed].abs(),
     }
+    out |= kl_by_place(stats.kl, micro, tokenizer, informed)
     return out | mismatch(old_logp, x.sampler_logp)
 
 

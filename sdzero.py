@@ -45,7 +45,7 @@ from torch import Tensor
 
 from common import require
 from common.chat import turn_end
-from common.microbatches import micro_batches
+from common.microbatches import Micro, micro_batches
 from common.policy import (
     Policy, ema_update, frozen_copy, load_policy, make_optimizer, mismatch, optimizer_step,
     warm_up,
@@ -55,6 +55,7 @@ from common.run import Run
 from common.settings import Flat, Setup, parse
 from common.sampler import Rollout
 from common.tasks import Problem, first_different, take
+from common.teacher import kl_by_place
 from kernels.head import Divergence, TokenStats
 
 
@@ -503,8 +504,7 @@ def distil(run: Run, rollouts: Rollouts, policy: Policy, teacher: Policy, optimi
                 divergence=divergence(args), temperature=args.temperature,
             )
             total.backward()
-            sampler_logp = micro.concat(batch.sampler_logp)
-            run.collect(diagnostics(stats, micro.per_token(batch.rewards), sampler_logp))
+            run.collect(diagnostics(stats, micro, batch, rollouts.tokenizer))
         lr = args.lr * warm_up(step - updates, args.warmup)
         run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
         teacher.reshard()  # to be read, its embeddings and head were gathered
@@ -624,23 +624,24 @@ def evaluate(rollouts: Rollouts, policy: Policy, args: Args) -> dict:
     }
 
 
-def diagnostics(stats: TokenStats, reward: Tensor, sampler_logp: Tensor) -> dict[str, Tensor]:
+def diagnostics(stats: TokenStats, micro: Micro, batch: Batch, tokenizer) -> dict[str, Tensor]:
     """Per-token metrics of phase 2, [T] (docs/metrics.md); the log takes their mean or maximum.
 
     teacher/copies: how often the teacher's argmax equals the token that it has already read in the
     first copy of y, which is what pure copying would give.
     """
-    right, wrong = reward == 1, reward < 1
+    right = micro.per_token(batch.rewards) == 1
     out = {
         "entropy": stats.entropy,
         "teacher/entropy": stats.teacher_entropy,
         "kl": stats.kl,
         "kl/right": stats.kl[right],
-        "kl/wrong": stats.kl[wrong],
+        "kl/wrong": stats.kl[~right],
         "teacher/copies_right": stats.teacher_greedy[right],
-        "teacher/copies_wrong": stats.teacher_greedy[wrong],
+        "teacher/copies_wrong": stats.teacher_greedy[~right],
     }
-    return out | mismatch(stats.logp, sampler_logp)
+    out |= kl_by_place(stats.kl, micro, tokenizer)
+    return out | mismatch(stats.logp, micro.concat(batch.sampler_logp))
 
 
 def cost(batch: Batch, world: int) -> dict[str, list[float]]:

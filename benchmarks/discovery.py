@@ -115,7 +115,8 @@ class Learner:
                     per_response=args.granularity == "sequence",
                 )
                 total.backward()
-                run.collect(sdpo.diagnostics(stats, inputs, micro.per_token(batch.rewards)))
+                tokenizer = self.rollouts.tokenizer
+                run.collect(sdpo.diagnostics(stats, inputs, micro, batch, tokenizer))
             lr = args.lr * warm_up(step, args.warmup)
             run.collect(optimizer_step(self.policy, self.optimizer, lr, args.max_norm))
         if args.teacher == "ema":

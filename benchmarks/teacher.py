@@ -85,6 +85,7 @@ class Args:
     fields: str = ""  # the data's field names if they differ
     thinking: bool = False  # switch on the chat template's thinking mode
     sampler: Literal["hf", "vllm"] = "hf"  # engine
+    read: int = 256  # student responses to read for the divergence, at most; 0: none
     token_budget: int = 8192  # padded tokens per forward pass
     chunk: int = 16  # questions between two writes to disk
     allow_unsafe_exec: bool = False  # run a model's programs without bubblewrap
@@ -118,7 +119,8 @@ def main(args: Args) -> dict:
             answers = teacher_answers(rollouts, batch, prompts, has_context, store, f"{wording}/{name}", args)
             row = {"wording": wording, "shown": name}
             row |= answer_metrics(answers, batch)
-            row |= divergence_metrics(policy, method, cell_settings, batch, prompts, has_context, rollouts)
+            read = first_of(has_context, args.read)
+            row |= divergence_metrics(policy, method, cell_settings, batch, prompts, read, rollouts)
             rows.append(row)
             examples += example(rollouts, batch, prompts, answers, row)
             write(folder, args, rows, examples, batch)
@@ -312,14 +314,24 @@ def answer_metrics(answers: dict, batch: Batch) -> dict:
     }
 
 
+def first_of(has_context: list[bool], count: int) -> list[bool]:
+    """has_context, of which only the first `count` stay True.
+
+    >>> first_of([False, True, True, True], 2)
+    [False, True, True, False]
+    """
+    seen = np.cumsum(has_context)
+    return [has and bool(number <= count) for has, number in zip(has_context, seen)]
+
+
 @torch.no_grad()
 def divergence_metrics(policy, method: ModuleType, settings, batch: Batch, prompts: list,
-                       has_context: list, rollouts: Rollouts) -> dict:
+                       read: list, rollouts: Rollouts) -> dict:
     """The divergence of the student's responses between both prompts, and where it lies."""
     divergence = Divergence("forward_kl")
     if hasattr(method, "divergence"):
         divergence = method.divergence(settings)
-    kept = torch.tensor(has_context)
+    kept = torch.tensor(read)
     if not kept.any():
         return {}
     budget, device = settings.setup.token_budget, rollouts.run.device

@@ -38,6 +38,13 @@ class Micro:
         total = sum(self.lengths)
         return order.repeat_interleave(lengths, output_size=total)
 
+    @property
+    def first(self) -> Tensor:
+        """[T] True for the first token of each response."""
+        rollout = self.rollout
+        before = rollout.new_full((1,), -1)
+        return rollout.diff(prepend=before) != 0
+
     def with_prompts(self, prompts: Ids, responses: Ids) -> Micro:
         """The same responses behind other prompts."""
         return padded_right(prompts, responses, self.rows, self.ids.device)

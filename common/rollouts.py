@@ -25,7 +25,7 @@ from common.verifiers import Verdict
 from common.verifiers.pool import Verifier
 
 # random streams under the run's seed; the method files use higher numbers
-TRAIN, EVALUATE, TEACHER = 0, 1, 2
+TRAIN, EVALUATE = 0, 1
 
 
 class Group(NamedTuple):
@@ -84,6 +84,7 @@ class Batch:
         }
         if self.rewards.shape[1] > 1:
             out["frac_zero_std"] = [not group.mixed for group in self.groups]
+            out["frac_any_right"] = (self.rewards == 1).any(1)
         return out
 
     def examples(self, groups: int = 2) -> list[dict]:
@@ -230,31 +231,6 @@ class Rollouts:
         with self.run.writing(self.run.folder / "heldout.jsonl"):
             self.run.append("heldout", [heldout_row(self.run.step, groups)])
         return mine, groups
-
-    def teacher_accuracy(self, teacher: Policy, policy: Policy, batch: Batch,
-                         prompts: list[list[int]], has_context: Tensor) -> dict[str, list[float]]:
-        """Rewards of the teacher's answers to its own prompts, one response per prompt.
-
-        Prompts without a context, or without room for a response, are left out. The sampler ends
-        with the policy's weights. A collective.
-        """
-        problems = []
-        for group in batch.groups:
-            problems += [group.problem] * len(group.rollouts)
-        chosen = []
-        for i, prompt in enumerate(prompts):
-            fits = len(prompt) + self.args.max_tokens <= self.sampler.context
-            if has_context.flatten()[i] and fits:
-                chosen.append(i)
-        self.run.phase("evaluate")
-        self.sampler.load(full_weights(teacher))
-        keys = range(self.run.rank, len(chosen) * self.run.world, self.run.world)
-        groups = self.answer(
-            [problems[i] for i in chosen], 1, TEACHER, keys, "evaluate",
-            prompts=[prompts[i] for i in chosen],
-        )
-        self.sampler.load(full_weights(policy))
-        return {"teacher/accuracy": [group.verdicts[0].reward for group in groups]}
 
     def answer(self, problems: Sequence[Problem], n: int, stream: int, keys: Sequence[int],
                phase: str = "", prompts: Sequence[list[int]] | None = None,

@@ -16,8 +16,11 @@ import hsd
 import rlsd
 import sdpo
 import sdzero
+from common.chat import load_tokenizer
+from common.microbatches import padded_right
 from common.policy import bounded_exp, optimizer_step
 from common.rollouts import Batch, Group
+from common.sampler import Rollout
 from common.settings import parse
 from common.tasks import Problem, load_task, take
 from common.verifiers import Verdict
@@ -314,12 +317,16 @@ def diagnostics_of(name: str, old: torch.Tensor | None) -> dict[str, torch.Tenso
     """Of tokens whose log-probabilities are RATIOS, against log π_old (None: the same) and 0."""
     one, zeros = torch.ones_like(RATIOS), torch.zeros_like(RATIOS)
     token = stats_of(RATIOS, teacher_logp=-RATIOS)
+    right = Rollout([5], [7] * len(one), zeros.tolist(), "stop", "")
+    batch = Batch([Group(Problem("1", []), [right], [Verdict(1.0)])])
+    micro = padded_right(batch.prompts, batch.responses, [0], torch.device("cpu"))
+    rest = micro, batch, load_tokenizer(CHAIN)
     if name == "sdzero":
-        return sdzero.diagnostics(token, one, zeros)
+        return sdzero.diagnostics(token, *rest)
     if name == "hsd":
-        return hsd.diagnostics(token, hsd.Inputs(one, one, one, zeros, zeros))
+        return hsd.diagnostics(token, hsd.Inputs(one, one, one, zeros, zeros), *rest)
     if name == "sdpo":
-        return sdpo.diagnostics(token, sdpo.Inputs(one, one, one, zeros, old, zeros.long()), one)
+        return sdpo.diagnostics(token, sdpo.Inputs(one, one, one, zeros, old, zeros.long()), *rest)
     if name == "rlsd":
         args = rlsd.Args(tis=0.0, dual_clip=3.0)
         return rlsd.diagnostics(token, rlsd.Inputs(one, one, zeros, old, zeros), 0.5, args)

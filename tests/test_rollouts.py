@@ -9,12 +9,14 @@ import torch
 from conftest import CHAIN
 
 import grpo
-from common.chat import chat_ids
+from common.chat import chat_ids, load_tokenizer
+from common.microbatches import padded_right
 from common.policy import ema_update, frozen_copy, load_policy
 from common.rollouts import Batch, Group, Rollouts, check_fits
 from common.sampler import Rollout
 from common.settings import Setup, parse
 from common.tasks import Problem
+from common.teacher import kl_by_place, teacher_answers
 from common.verifiers import Verdict
 
 CPU = torch.device("cpu")
@@ -72,7 +74,7 @@ def test_what_every_method_logs_of_its_rollouts(batch):
         means[name] = torch.as_tensor(values, dtype=torch.float64).mean().item()
     assert means == pytest.approx({
         "reward/mean": 3 / 6, "length/mean": 14 / 6, "length/max": 14 / 6,
-        "frac_truncated": 1 / 6, "frac_zero_std": 2 / 3,
+        "frac_truncated": 1 / 6, "frac_zero_std": 2 / 3, "frac_any_right": 2 / 3,
     })
 
 
@@ -195,10 +197,31 @@ def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):
     loaded = []
     load = rollouts.sampler.load
     rollouts.sampler.load = lambda weights: loaded.append(1) or load(weights)
-    metrics = rollouts.teacher_accuracy(teacher, policy, batch, prompts, has_context)
-    assert len(metrics["teacher/accuracy"]) == 3 and len(loaded) == 2
+    metrics = teacher_answers(rollouts, teacher, policy, batch, prompts, has_context)
+    assert [len(values) for values in metrics.values()] == [3] * 3 and len(loaded) == 2
     mine = dict(rollouts.sampler.lm.named_parameters())
     weights = dict(policy.lm.named_parameters())
     assert all(torch.equal(mine[name], p.full_tensor()) for name, p in weights.items())
     ema_update(policy, teacher, 1.0)
     assert any(not torch.equal(mine[name], p.full_tensor()) for name, p in weights.items())
+
+
+def test_the_divergence_is_split_by_what_a_token_says(one_process):
+    tokenizer = load_tokenizer(CHAIN)
+    texts = ["12+3=15; #### 15", "a", "\n\n; B"]
+    responses = [tokenizer.encode(text) + [tokenizer.eos_token_id] for text in texts]
+    micro = padded_right([[5]] * 3, responses, [2, 0, 1], CPU)
+    kl = torch.arange(len(micro.targets)) + 1.0
+    kept = kl != 2
+    found = kl_by_place(kl, micro, tokenizer, kept)
+    expected = {"kl/first": [], "kl/format": [], "kl/elsewhere": []}
+    values = iter(kl.tolist())
+    for row in micro.rows:
+        for position, token in enumerate(responses[row]):
+            value = next(values)
+            word = tokenizer.decode([token], skip_special_tokens=True)
+            place = "elsewhere" if any(c.isalnum() for c in word) else "format"
+            if value != 2:
+                expected["kl/first" if position == 0 else f"kl/{place}"].append(value)
+    assert {name: part.tolist() for name, part in found.items()} == expected
+    assert all(expected.values()) and sum(map(len, expected.values())) == len(kl) - 1
