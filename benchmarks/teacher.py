@@ -9,8 +9,8 @@ method file's own `teacher_prompts`, lets the teacher answer from each, and read
 responses with both, as the loss does.
 
 Rows of the table: the student, then the teacher by what is shown. Columns: the share of rollouts
-that have such a context; pass@1 with its 95 % interval over questions; the share of answers that
-are cut off at --max_tokens; mean length in tokens; the divergence of the method file in nats per
+that have such a context; pass@1 with its 95 % interval over questions; the lead over the student on
+the same questions; the share of answers that are cut off at --max_tokens; mean length in tokens; the divergence of the method file in nats per
 token; the share of the divergence on the first token, on format tokens (no letter and no digit) and
 elsewhere; the share of the divergence that falls on the student's right responses.
 
@@ -306,9 +306,10 @@ def answer_metrics(answers: dict, batch: Batch) -> dict:
     for q in by_question:
         student[q] = [float(verdict.reward == 1) for verdict in batch.groups[q].verdicts]
     right = np.array([np.mean(values) for values in by_question.values()])
+    alone = np.array([np.mean(values) for values in student.values()])
     return out | {
         "right": interval(right),
-        "student_on_these_questions": np.mean([np.mean(v) for v in student.values()]).item(),
+        "lead": interval(right - alone),  # over the student on the same questions
         "cut_off": np.mean([rollout.truncated for rollout, _ in answers.values()]).item(),
         "tokens": np.mean([len(rollout.response_ids) for rollout, _ in answers.values()]).item(),
     }
@@ -370,27 +371,28 @@ def token_places(ids: list[int], tokenizer) -> list[str]:
     return places
 
 
-def verdict(student: dict, teacher: dict) -> str:
-    """What the numbers mean, in words.
+def verdict(teacher: dict) -> str:
+    """What a row's numbers mean, in words.
 
-    >>> row = lambda low, mean, high, cut=0.0: {"right": dict(low=low, mean=mean, high=high), "cut_off": cut}
-    >>> verdict(row(0.1, 0.13, 0.2), row(0.5, 0.56, 0.6))
-    'the teacher is right 0.56 of the time, the student 0.13: there is something to learn'
-    >>> verdict(row(0.1, 0.13, 0.2), row(0.01, 0.03, 0.07, cut=0.9)).partition(": ")[2]
+    >>> def row(right, low, lead, high, cut=0.0):
+    ...     return {"right": dict(mean=right), "lead": dict(low=low, mean=lead, high=high), "cut_off": cut}
+    >>> verdict(row(0.56, 0.35, 0.43, 0.5))
+    'the teacher is right 0.56 of the time, the student on the same questions 0.13: there is something to learn'
+    >>> verdict(row(0.03, -0.2, -0.1, 0.02, cut=0.9)).partition(": ")[2]
     'the teacher is cut off in 0.90 of its answers; raise --max_tokens, or ask for a short answer'
     """
     if "right" not in teacher:
         return "no rollout had this context"
-    s, t = student["right"], teacher["right"]
-    numbers = f"the teacher is right {t['mean']:.2f} of the time, the student {s['mean']:.2f}: "
-    if t["low"] > s["high"]:
+    right, lead = teacher["right"]["mean"], teacher["lead"]
+    numbers = f"the teacher is right {right:.2f} of the time, the student on the same questions {right - lead['mean']:.2f}: "
+    if lead["low"] > 0:
         return numbers + "there is something to learn"
     if teacher["cut_off"] > 0.5:
         return numbers + (
             f"the teacher is cut off in {teacher['cut_off']:.2f} of its answers; raise "
             "--max_tokens, or ask for a short answer"
         )
-    if t["high"] < s["low"]:
+    if lead["high"] < 0:
         return numbers + "the hint harms; change the wording or show something else"
     return numbers + "no difference that so few answers can show; raise --budget"
 
@@ -434,7 +436,7 @@ def write(folder: Path, args: Args, rows: list[dict], examples: list[str], batch
     """summary.json, table.md, examples.md and figure.png of the rows so far."""
     command = "python benchmarks/teacher.py " + " ".join(hide_paths(sys.argv[1:]))
     for row in rows[1:]:
-        row["verdict"] = verdict(rows[0], row)
+        row["verdict"] = verdict(row)
     summary = {"command": command, "questions": len(batch.groups), "rows": rows, **machine()}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (folder / "table.md").write_text(table(args, rows))
@@ -453,21 +455,22 @@ def table(args: Args, rows: list[dict]) -> str:
         f"{Path(args.model).name} on {args.task}, {args.file}.py, at most {args.max_tokens} tokens, "
         f"T {args.temperature:g}. {student['groups_with_success']:.2f} of the groups of "
         f"{args.group_size} have a success, {student['groups_mixed']:.2f} are mixed.", "",
-        "| wording | shown | of rollouts | right | cut off | tokens | nats per token "
+        "| wording | shown | of rollouts | right | lead | cut off | tokens | nats per token "
         "| first / format / elsewhere | on right responses |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row["wording"], row["shown"], f"{row['share']:.2f}"]
         if "right" in row:
             right = row["right"]
             cells.append(f"{right['mean']:.2f} ({right['low']:.2f} … {right['high']:.2f})")
+            cells.append(f"{row['lead']['mean']:+.2f}" if "lead" in row else "")
             cells += [f"{row['cut_off']:.2f}", f"{row['tokens']:.0f}"]
         if "kl" in row:
             cells.append(f"{row['kl']:.3f}")
             cells.append(" / ".join(f"{row[f'kl_on_{p}']:.2f}" for p in ("first", "format", "elsewhere")))
             cells.append(f"{row['kl_on_right']:.2f}")
-        lines.append("| " + " | ".join(cells + [""] * (9 - len(cells))) + " |")
+        lines.append("| " + " | ".join(cells + [""] * (10 - len(cells))) + " |")
     lines += [""] + [f"- {row['wording']}, {row['shown']}: {row['verdict']}." for row in rows[1:]]
     return "\n".join(lines) + "\n"
 
