@@ -1,0 +1,144 @@
+"""HSD as printed: does the paper's objective hold, and at which learning rate and β?
+
+    python benchmarks/printed.py --jobs 2           # the embedded model, half an hour on two cores
+
+The paper's teacher is live, its KL is forward, and every objective has Ω = β KL(π_θ‖π_0) with β =
+0.001 (Sec. 2.2). How Ω is summed over a response is not said: 0.001 per token, or 0.001 of the
+whole sequence's KL, which is 0.036 here if a response's 36 tokens are averaged. So the scan is
+learning rate × β × teacher, each run with the same rollouts, at top-p 1 on both sides. Every run is
+a plain command of hsd.py; one that is already under --out is not repeated. Writes
+results/printed/: runs.json, table.md, figure.png.
+"""
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import tyro
+
+from benchmarks.compare import execute, rows_of
+from benchmarks.evaluate import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("heldout/pass@1", "entropy", "teacher/entropy", "kl", "kl_ref", "length/mean", "frac_truncated")
+
+
+@dataclass
+class Args:
+    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4)  # learning rates
+    betas: tuple[float, ...] = (0.0, 0.001, 0.036, 0.1, 1.0)  # β of Ω
+    teachers: tuple[str, ...] = ("live", "frozen")
+    steps: int = 100  # of 128 rollouts each
+    seed: int = 0
+    out: str = "runs/printed"  # folder of the runs
+    jobs: int = 1  # runs at the same time
+
+
+def main(args: Args) -> None:
+    settings = [
+        (teacher, beta, rate)
+        for teacher in args.teachers for beta in args.betas for rate in args.rates
+    ]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        jobs = []
+        for setting in settings:
+            command, folder = command_of(*setting, args), folder_of(*setting, args)
+            jobs.append(pool.submit(execute, command, folder, threads))
+        for job, (teacher, beta, rate) in zip(jobs, settings):
+            job.result()
+            print(f"{teacher}, β {beta:g}, lr {rate:g}: done", flush=True)
+    runs = []
+    for teacher, beta, rate in settings:
+        run = {"teacher": teacher, "beta": beta, "lr": rate}
+        runs.append(run | curves(rows_of(folder_of(teacher, beta, rate, args))))
+    out = ROOT / "results" / "printed"
+    out.mkdir(parents=True, exist_ok=True)
+    command = "python benchmarks/printed.py " + " ".join(sys.argv[1:])
+    result = {"command": command.strip(), "steps": args.steps, "runs": runs, **machine()}
+    (out / "runs.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "table.md").write_text(table(runs))
+    draw(runs, out / "figure.png")
+    print(table(runs))
+
+
+def command_of(teacher: str, beta: float, rate: float, args: Args) -> list[str]:
+    return [
+        "hsd.py", "--demo", "--top_p", "1", "--teacher", teacher, "--beta", f"{beta:g}",
+        "--lr", f"{rate:g}", "--steps", str(args.steps), "--eval_every", "10",
+        "--seed", str(args.seed),
+    ]
+
+
+def folder_of(teacher: str, beta: float, rate: float, args: Args) -> Path:
+    return Path(args.out) / f"{teacher}-beta{beta:g}-lr{rate:g}-s{args.seed}"
+
+
+def curves(rows: list[dict]) -> dict[str, list]:
+    """Each metric as [step, value] pairs: the evaluations, of the others the last ten steps' mean
+    at every tenth step."""
+    out = {}
+    for name in KEPT:
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        if name != "heldout/pass@1":
+            parts = [found[i : i + 10] for i in range(0, len(found), 10)]
+            found = [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+        if found:
+            out[name] = [[step, round(value, 5)] for step, value in found]
+    return out
+
+
+def table(runs: list[dict]) -> str:
+    """One line per run: pass@1 at the start, at its best and at the end; entropies; KL(π_θ‖π_0)."""
+    lines = [
+        "| teacher | β | learning rate | pass@1: start | best (step) | end | entropy: start | end "
+        "| teacher's: start | end | KL to π_0 | tokens | cut off |",
+        "|" + "---|" * 13,
+    ]
+    for run in runs:
+        scores = run["heldout/pass@1"]
+        step, best = max(scores, key=lambda pair: pair[1])
+        cells = [run["teacher"], f"{run['beta']:g}", f"{run['lr']:g}", f"{scores[0][1]:.2f}"]
+        cells += [f"{best:.2f} ({step})", f"{scores[-1][1]:.2f}"]
+        for name in ("entropy", "teacher/entropy"):
+            cells += [f"{run[name][0][1]:.3f}", f"{run[name][-1][1]:.3f}"]
+        cells.append(f"{run['kl_ref'][-1][1]:.3f}" if "kl_ref" in run else "")
+        cells += [f"{run['length/mean'][-1][1]:.0f}", f"{run['frac_truncated'][-1][1]:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    """A panel per teacher and β: held-out pass@1 against steps, one line per learning rate."""
+    teachers = list(dict.fromkeys(run["teacher"] for run in runs))
+    betas = list(dict.fromkeys(run["beta"] for run in runs))
+    figure, axes = plt.subplots(
+        len(teachers), len(betas), figsize=(2.6 * len(betas), 2.6 * len(teachers)), sharex=True,
+        sharey=True, squeeze=False, layout="constrained",
+    )
+    for run in runs:
+        axis = axes[teachers.index(run["teacher"])][betas.index(run["beta"])]
+        steps, scores = zip(*run["heldout/pass@1"])
+        axis.plot(steps, scores, label=f"lr {run['lr']:g}")
+        axis.set_title(f"{run['teacher']} teacher, β {run['beta']:g}", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0][0].set(ylim=(0, 1), ylabel="held-out pass@1")
+    axes[-1][0].set(xlabel="step", ylabel="held-out pass@1")
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
