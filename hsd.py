@@ -111,7 +111,7 @@ def presets(args: Args) -> dict:
 # --------------------------------------------------------------------------------------------------
 ANSWER = "The final answer is {answer}."
 SOLUTION = "A solution that passed the check:\n{solution}"
-CLOSING = "Now solve the problem in your own words."
+CLOSING = "Now answer the original question."
 LAYOUT = ("question", "answer", "solution", "closing")  # the paper's order of the fields
 
 

@@ -115,7 +115,7 @@ def presets(args: Args) -> dict:
 # --------------------------------------------------------------------------------------------------
 SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
-CLOSING = "Now solve the problem in your own words."
+CLOSING = "Now answer the original question."
 LAYOUT = ("question", "solution", "feedback", "closing")  # the order of Table 2
 
 

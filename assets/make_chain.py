@@ -1,6 +1,7 @@
 """Make `assets/chain`: the embedded model, a Qwen3 of under a million parameters that has the papers' premises.
 
-    python assets/make_chain.py                # about half an hour on two CPU cores; writes assets/chain
+    python assets/make_chain.py                # an hour on two CPU cores; writes assets/chain
+    python assets/make_chain.py --start assets/chain --steps 600 --lr 1e-3    # teach it other wordings: ten minutes
 
 The five methods presuppose an instruction-tuned model: one that answers some of the questions, answers better with
 the answer or a worked solution or feedback in its context, and can revise or rephrase its own attempt. This script
@@ -10,7 +11,9 @@ a verifier. In the formats with a hint a wrong step is also *given* now and then
 that the model goes on sanely after an error that it would not have made with the hint: a teacher is asked exactly
 this when it scores a student's failed attempt.
 
-What the model is trained on is synthetic and stands in this file; tests/test_chain_model.py holds the premises.
+The committed model was made by the first command with another closing line, and learnt the present one by the second
+(docs/teacher.md tells why it changed). What the model is trained on is synthetic and stands in this file;
+tests/test_chain_model.py holds the premises.
 """
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from common.tasks.chain import chain_problem  # noqa: E402
 ANSWER = "The final answer is {answer}."
 SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
-CLOSING = "Now solve the problem in your own words."
+CLOSING = "Now answer the original question."
 CONTROL = {0: "Wait, this response is not correct, let me start over.", 1: "Let me rephrase the above solution."}
 WRONG_STEP = "The step {step} is wrong."
 
@@ -44,8 +47,8 @@ WRONG_STEP = "The step {step} is wrong."
 # ---------------------------------------------------------------------------------------------------------------------
 WORDS = """
 user assistant system Compute Add Solve The the final answer is unknown A a solution that passed check What checker
-said about an earlier attempt Now solve problem in your own words Wait this response not correct let me start over Let
-rephrase above step wrong of with and to for from it i I was were are be as by on at or if then so first last line no
+said about an earlier attempt Now solve problem in your original question Wait this response not correct let me start
+over Let rephrase above step wrong of with and to for from it i I was were are be as by on at or if then so first last line no
 No result sum sums number numbers found expected got there must end after write
 """.split()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -198,6 +201,7 @@ def make_batches(rng: random.Random, tokenizer: PreTrainedTokenizerFast, rows: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "chain")
+    parser.add_argument("--start", type=Path, help="a model to go on from; none: from nothing")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rows", type=int, default=128, help="examples a step")
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -214,6 +218,8 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id, initializer_range=0.05,
     )
     model = Qwen3ForCausalLM(config)
+    if args.start:
+        model = Qwen3ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     heldout = {p.id for p in load_task("chain", heldout=1024).heldout}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)

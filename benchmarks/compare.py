@@ -3,6 +3,7 @@
     python benchmarks/compare.py chain --jobs 2       # the embedded model: tuning, runs, table, figures (hours on two cores)
     python benchmarks/compare.py sdpo --jobs 2        # one of the papers' claims; also grpo, hsd, sdzero, breaks
     python benchmarks/compare.py smollm2 --model PATH_OF_SMOLLM2_135M_INSTRUCT
+    python benchmarks/compare.py qwen --model PATH_OF_QWEN2_5_CODER_0_5B_INSTRUCT
 
 A grid (GRIDS below) declares methods, budget, tuning and seeds. If it names several learning rates, each method first
 gets the same small tuning: every rate on seeds that are not reported; the best final held-out pass@1 wins. Then the
@@ -138,6 +139,24 @@ METHODS |= {
                               "0.7", "--sd_questions", "192", "--batch_size", "32", "--eval_every", "3"]),  # 48 × 4 + 192
 }
 
+# A real model on two digits times one: 512 rollouts
+PRODUCTS = ["--demo", "--task", "jsonl:benchmarks/products.jsonl", "--instruction",
+            "Work briefly and finish with the final answer in \\boxed{}.", "--heldout", "48", "--max_tokens", "48", "--lora_rank", "16"]
+MEDIUM = [*PRODUCTS, "--batch_size", "8", "--group_size", "8", "--steps", "8", "--eval_every", "4", "--eval_samples", "1"]
+METHODS |= {
+    "GRPO (0.5B)": Method(["grpo.py", *MEDIUM]),
+    "RLSD (0.5B)": Method(["rlsd.py", *MEDIUM]),
+    "SDPO (0.5B)": Method(["sdpo.py", *MEDIUM, "--kl", "reverse"]),
+    "HSD (0.5B)": Method(["hsd.py", *MEDIUM, "--teacher", "frozen", "--beta", "0", "--top_p", "1"]),
+    "HSD reverse KL (0.5B)": Method(["hsd.py", *MEDIUM, "--teacher", "frozen", "--beta", "0", "--top_p", "1", "--kl", "reverse"]),
+    "SD-Zero (0.5B)": Method(["sdzero.py", *PRODUCTS, "--srt_questions", "64", "--srt_max_tokens", "48", "--sd_questions", "256",
+                              "--batch_size", "64", "--eval_every", "4", "--eval_samples", "1"]),  # 64 × 4 + 256
+    "SD only (0.5B)": Method(["sdzero.py", *PRODUCTS, "--phase", "sd", "--srt_questions", "16", "--sd_questions", "512",
+                              "--batch_size", "64", "--eval_every", "4", "--eval_samples", "1"]),
+    "RFT (0.5B)": Method(["sdzero.py", *PRODUCTS, "--phase", "srt", "--baseline", "rft", "--srt_questions", "128",
+                          "--srt_max_tokens", "48", "--eval_every", "4", "--eval_samples", "1"], "--srt_lr"),  # 128 × 4
+}
+
 
 WATCHED = ("frac_truncated", "teacher/accuracy", "revise/pass@1", "clip_frac")  # kept in runs.json, step by step
 
@@ -157,6 +176,8 @@ GRIDS = {
     **{name: Grid(panels, (0, 1), (3e-4,)) for name, panels in CLAIMS.items()},
     "smollm2": Grid({"SmolLM2-135M-Instruct: the larger of two numbers": tuple(m for m in METHODS if "135M" in m)}, (0, 1),
                     (3e-4, 1e-3), (100,), runs="smollm2"),
+    "qwen": Grid({"Qwen2.5-Coder-0.5B-Instruct: two digits times one": tuple(m for m in METHODS if "0.5B" in m)}, (0, 1),
+                 (1e-4, 3e-4), (100,), runs="qwen"),
 }
 
 

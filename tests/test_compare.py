@@ -10,6 +10,9 @@ from benchmarks import compare
 from common.settings import parse
 
 
+REAL = {"smollm2": 384, "qwen": 512}  # grid → rollouts
+
+
 def names(*grids: str) -> list[str]:
     return sorted({m for grid in grids for members in compare.GRIDS[grid].panels.values() for m in members})
 
@@ -26,14 +29,14 @@ def rollouts(method: str) -> int:
     return phase1 + phase2
 
 
-@pytest.mark.parametrize("method", names(*(g for g in compare.GRIDS if g != "smollm2")))
+@pytest.mark.parametrize("method", names(*(g for g in compare.GRIDS if g not in REAL)))
 def test_every_method_on_the_embedded_model_has_5120_rollouts(method):
     assert rollouts(method) == 5120
 
 
-@pytest.mark.parametrize("method", names("smollm2"))
-def test_every_method_on_smollm2_has_384_rollouts(method):
-    assert rollouts(method) == 384
+@pytest.mark.parametrize("method, count", [(method, count) for grid, count in REAL.items() for method in names(grid)])
+def test_every_method_on_a_real_model_has_equal_rollouts(method, count):
+    assert rollouts(method) == count
 
 
 def test_no_reported_seed_was_tuned_on():
