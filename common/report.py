@@ -31,7 +31,7 @@ HEALTH = (
     ("kl", 1e-5, 1e9, "0: the teacher sees what the student sees"),
     ("kl/wrong − kl/right", 0.0, 1e9, "the teacher disagrees about style, not mistakes"),
     ("context/none", 0.0, 0.9, "the teacher has nothing to see: take easier problems"),
-    ("teacher/accuracy − reward/mean", 0.0, 1.0, "the context does not help"),
+    ("teacher/lead", 0.0, 1.0, "the context does not help: docs/teacher.md"),
     ("credit/at_tau − credit/before_tau", 0.0, 1e9, "the teacher does not read its peer"),
     ("delta/right − delta/wrong", 0.0, 1e9, "the teacher ignores the reference"),
     ("leak/rate", 0.0, 0.02, "leakage: lower --lam or --lam_steps, read rollouts.jsonl"),

@@ -17,8 +17,9 @@ TEACHER = 2  # random stream under the run's seed
 
 
 def teacher_answers(rollouts: Rollouts, teacher: Policy, policy: Policy, batch: Batch,
-                    prompts: list[list[int]], has_context: Tensor) -> dict[str, list]:
-    """Rewards and lengths of the teacher's answers to its own prompts, one response per prompt.
+                    prompts: list[list[int]], has_context: Tensor) -> dict[str, list | Tensor]:
+    """Rewards and lengths of the teacher's answers to its own prompts, one response per prompt, and
+    its lead: the reward less the mean reward of the student's responses to the same question.
 
     prompts: token ids, one per rollout. has_context [Q, G]. Prompts without a context, or without
     room for a response, are left out. The sampler ends with the policy's weights. A collective.
@@ -41,8 +42,11 @@ def teacher_answers(rollouts: Rollouts, teacher: Policy, policy: Policy, batch: 
     )
     rollouts.sampler.load(full_weights(policy))
     answers = [group.rollouts[0] for group in groups]
+    rewards = torch.tensor([group.verdicts[0].reward for group in groups])
+    student = batch.rewards.mean(1, keepdim=True).expand_as(batch.rewards)
     return {
-        "teacher/accuracy": [group.verdicts[0].reward for group in groups],
+        "teacher/accuracy": rewards,
+        "teacher/lead": rewards - student.flatten()[chosen],
         "teacher/length": [len(answer.response_ids) for answer in answers],
         "teacher/frac_truncated": [answer.truncated for answer in answers],
     }

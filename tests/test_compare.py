@@ -9,7 +9,6 @@ import pytest
 from benchmarks import compare
 from common.settings import parse
 
-
 REAL = {"smollm2": 384, "qwen": 512}  # grid → rollouts
 
 

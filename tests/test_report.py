@@ -58,11 +58,11 @@ def test_a_value_is_the_mean_of_the_last_ten_rows_that_have_it():
 
 
 def test_a_difference_is_taken_between_numbers_of_the_same_row():
-    history = [{"teacher/accuracy": 0.4, "reward/mean": 0.6}, {"reward/mean": 0.1}]
+    history = [{"delta/right": 0.4, "delta/wrong": 0.6, "reward/mean": 0.6}, {"reward/mean": 0.1}]
     found = {name: (value, healthy) for name, value, _, _, healthy, _ in health(history)}
-    assert found["teacher/accuracy − reward/mean"] == (pytest.approx(-0.2), False)
+    assert found["delta/right − delta/wrong"] == (pytest.approx(-0.2), False)
     assert found["reward/mean"] == (pytest.approx(0.35), True)
-    assert health([{"teacher/accuracy": 0.4}]) == []
+    assert health([{"delta/right": 0.4}]) == []
 
 
 def test_every_number_of_the_table_is_explained_in_metrics_md():

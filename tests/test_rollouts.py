@@ -198,7 +198,10 @@ def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):
     load = rollouts.sampler.load
     rollouts.sampler.load = lambda weights: loaded.append(1) or load(weights)
     metrics = teacher_answers(rollouts, teacher, policy, batch, prompts, has_context)
-    assert [len(values) for values in metrics.values()] == [3] * 3 and len(loaded) == 2
+    assert [len(values) for values in metrics.values()] == [3] * 4 and len(loaded) == 2
+    student = [batch.rewards[q].mean().item() for q in (1, 2, 2)]
+    lead = [reward - mean for reward, mean in zip(metrics["teacher/accuracy"].tolist(), student)]
+    assert metrics["teacher/lead"].tolist() == pytest.approx(lead)
     mine = dict(rollouts.sampler.lm.named_parameters())
     weights = dict(policy.lm.named_parameters())
     assert all(torch.equal(mine[name], p.full_tensor()) for name, p in weights.items())
