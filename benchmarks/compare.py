@@ -237,6 +237,21 @@ def progress(folder: Path) -> dict[str, list[float]]:
     return found
 
 
+def lead_of(rows: list[dict]) -> float | None:
+    """How much more often the teacher was right than the student, on the same questions, before the first update: of SD-Zero
+    its revisions against the first attempts, in training's first evaluation. None: no teacher answers.
+
+    >>> lead_of([{"revise/pass@1": 0.75, "heldout/pass@1": 0.5}]), lead_of([{"teacher/lead": 0.5}, {}]), lead_of([{}])
+    (0.25, 0.5, None)
+    """
+    for row in rows:
+        if "teacher/lead" in row:
+            return row["teacher/lead"]
+        if "revise/pass@1" in row:
+            return row["revise/pass@1"] - row["heldout/pass@1"]
+    return None
+
+
 def first_to(run: dict[str, list[float]], level: float) -> float | None:
     """Rollouts at the first evaluation that reaches `level`; None if none does."""
     return next((r for r, p in zip(run["rollouts"], run["pass"]) if p >= level), None)
@@ -328,7 +343,7 @@ def main(args: Args) -> None:
                 continue
             rows = rows_of(run_folder)
             last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
-            runs[m].append({"seed": s, **progress(run_folder), **pass_at(run_folder, grid.samples), "entropy": last.get("entropy"),
+            runs[m].append({"seed": s, "lead": lead_of(rows), **progress(run_folder), **pass_at(run_folder, grid.samples), "entropy": last.get("entropy"),
                             "peak_gib": max(row["peak_gib"] for row in rows),
                             **{k: [row[k] for row in rows if k in row] for k in WATCHED if any(k in row for row in rows)},
                             **({"self_localisation": localised(run_folder)} if self_localisation.exists() else {})})
