@@ -76,7 +76,6 @@ class Args:
     warmup: int = 0  # steps of linear warm-up
     weight_decay: float = 0.0  # AdamW's
     max_norm: float = 1.0  # gradient clipping
-    share_prompts: bool = False  # read a prompt once for all its responses in the update
     demo: bool = False  # the embedded model and task, small enough for a laptop: see DEMO
 
     setup: Flat[Setup] = field(default_factory=Setup)  # data, machine, log: common/settings.py
@@ -94,8 +93,9 @@ VARIANTS = {  # what belongs to each formula; for DAPO also the settings of its 
 }
 DEMO = dict(
     model="assets/chain", task="chain", group_size=8, batch_size=16, minibatches=1, max_tokens=64,
-    beta=0.0, share_prompts=True, lr=1e-4, warmup=0, steps=80,
-    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
+    beta=0.0, lr=1e-4, warmup=0, steps=80,
+    setup=Setup(checkpointing=False, share_prompts=True, sampler_rows=128, eval_every=10,
+                eval_samples=2, save_every=40),
 )
 
 
@@ -211,11 +211,10 @@ def main(args: Args) -> None:
     rollouts = Rollouts(args, run)
     if args.setup.dry_run:
         return run.dry_run(rollouts, copies=int(args.beta > 0))
-    policy = load_policy(args.model, run.device, args.setup, args.share_prompts)
+    policy = load_policy(args.model, run.device, args.setup)
     reference = frozen_copy(policy, run.device) if args.beta > 0 else None
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts)
-    budget = args.setup.token_budget
 
     for step in run.steps(args.steps):
         if step % args.setup.eval_every == 0:
@@ -235,8 +234,8 @@ def main(args: Args) -> None:
         rollouts.sleep()
         old_logp = None
         if run.updates > 1:  # with one update, π_old is the policy in the update's own forward
-            old_logp = score(policy, batch.prompts, batch.responses, budget, args.temperature)
-        ref_logp = score(reference, batch.prompts, batch.responses, budget, args.temperature)
+            old_logp = score(policy, batch.prompts, batch.responses, args.setup, args.temperature)
+        ref_logp = score(reference, batch.prompts, batch.responses, args.setup, args.temperature)
 
         # update
         run.phase("update")
@@ -246,7 +245,7 @@ def main(args: Args) -> None:
             if reference is None:  # a response with A = 0 has no gradient: skip its forward
                 rows &= A != 0
             for micro in micro_batches(
-                batch.prompts, batch.responses, rows, budget, run.device, args.share_prompts
+                batch.prompts, batch.responses, rows, args.setup, run.device
             ):
                 inputs = Inputs(
                     micro.per_token(A), micro.per_token(weight), micro.concat(batch.sampler_logp),
@@ -276,11 +275,6 @@ def check(args: Args) -> None:
         args.dynamic_sampling == 0 or args.setup.tensor_parallel == 1,
         "--dynamic_sampling: ranks that share an engine (--tensor_parallel) cannot sample "
         "different numbers of rounds; leave out one of the two",
-    )
-    require(
-        not (args.share_prompts and args.setup.checkpointing),
-        "--share_prompts keeps keys and values, which --checkpointing drops: add "
-        "--no-checkpointing",
     )
 
 

@@ -95,7 +95,8 @@ class Args:
 DEMO = dict(
     model="assets/chain", task="chain", group_size=8, batch_size=16, max_tokens=64, beta=0.0,
     lr=3e-4, steps=60, teacher="frozen",
-    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
+    setup=Setup(checkpointing=False, share_prompts=True, sampler_rows=128, eval_every=10,
+                eval_samples=2, save_every=40),
 )
 
 
@@ -269,7 +270,6 @@ def main(args: Args) -> None:
     reference = frozen_copy(policy, run.device) if args.beta > 0 else None
     optimizer = make_optimizer(policy, args, betas=(0.9, 0.95))
     run.resume(policy, optimizer, rollouts, teacher, moving=args.teacher == "ema")
-    budget = args.setup.token_budget
 
     for step in run.steps(args.steps):
         if step % args.setup.eval_every == 0:
@@ -287,12 +287,12 @@ def main(args: Args) -> None:
 
         # score
         rollouts.sleep()
-        ref_logp = score(reference, batch.prompts, batch.responses, budget, args.temperature)
+        ref_logp = score(reference, batch.prompts, batch.responses, args.setup, args.temperature)
 
         # update
         run.phase("update")
         credits: dict[int, Tensor] = {}  # rollout → A_i,t [|o_i|]
-        for micro in micro_batches(hinted, batch.responses, kept, budget, run.device):
+        for micro in micro_batches(hinted, batch.responses, kept, args.setup, run.device):
             seen = [teacher.read(micro)]
             inputs = Inputs(
                 micro.per_token(weight), micro.per_token(has_context), micro.per_token(A),

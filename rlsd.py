@@ -94,7 +94,8 @@ class Args:
 DEMO = dict(
     model="assets/chain", task="chain", group_size=8, batch_size=16, max_tokens=64, lr=1e-4,
     steps=80,
-    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
+    setup=Setup(checkpointing=False, share_prompts=True, sampler_rows=128, eval_every=10,
+                eval_samples=2, save_every=40),
 )
 
 
@@ -236,7 +237,6 @@ def main(args: Args) -> None:
     teacher = frozen_copy(policy, run.device) if args.lam > 0 else None
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts, teacher=teacher)
-    budget = args.setup.token_budget
 
     for step in run.steps(args.steps):
         if step % args.setup.eval_every == 0:
@@ -251,17 +251,19 @@ def main(args: Args) -> None:
         rollouts.sleep()
         old_logp = teacher_logp = hinted = None
         if run.updates > 1:  # with one update, π_old is the policy in the update's own forward
-            old_logp = score(policy, batch.prompts, batch.responses, budget, args.temperature)
+            old_logp = score(policy, batch.prompts, batch.responses, args.setup, args.temperature)
         if lam > 0:  # otherwise the teacher has no part in the loss
             hinted = teacher_prompts(batch, rollouts, args)
-            teacher_logp = score(teacher, hinted, batch.responses, budget, args.temperature)
+            teacher_logp = score(teacher, hinted, batch.responses, args.setup, args.temperature)
 
         # update
         run.phase("update")
         for part in batch.minibatches(args.minibatches):
             weight = token_weights(batch.lengths, part.expand_as(A), args)
             rows = (weight > 0) & (A != 0)  # a response with A = 0 has no gradient: skip it
-            for micro in micro_batches(batch.prompts, batch.responses, rows, budget, run.device):
+            for micro in micro_batches(
+                batch.prompts, batch.responses, rows, args.setup, run.device
+            ):
                 inputs = Inputs(
                     micro.per_token(A), micro.per_token(weight), micro.concat(batch.sampler_logp),
                     micro.concat(old_logp), micro.concat(teacher_logp),

@@ -99,7 +99,8 @@ class Args:
 DEMO = dict(
     model="assets/chain", task="chain", kl="reverse", group_size=8, batch_size=16, max_tokens=64,
     lr=1e-4, warmup=0, steps=60,
-    setup=Setup(checkpointing=False, sampler_rows=128, eval_every=10, eval_samples=2, save_every=40)
+    setup=Setup(checkpointing=False, share_prompts=True, sampler_rows=128, eval_every=10,
+                eval_samples=2, save_every=40),
 )
 
 
@@ -284,7 +285,6 @@ def main(args: Args) -> None:
     teachers, mix = teacher_models(slow, policy, args)
     optimizer = make_optimizer(policy, args)
     run.resume(policy, optimizer, rollouts, slow, moving=args.teacher == "ema")
-    budget = args.setup.token_budget
 
     for step in run.steps(args.steps):
         if step % args.setup.eval_every == 0:
@@ -302,13 +302,13 @@ def main(args: Args) -> None:
         rollouts.sleep()
         old_logp = None
         if run.updates > 1:  # with one update, π_old is the policy in the update's own forward
-            old_logp = score(policy, batch.prompts, batch.responses, budget, args.temperature)
+            old_logp = score(policy, batch.prompts, batch.responses, args.setup, args.temperature)
 
         # update
         run.phase("update")
         for part in batch.minibatches(args.minibatches):
             weight = token_weights(batch.lengths, kept & part, args)
-            for micro in micro_batches(hinted, batch.responses, weight > 0, budget, run.device):
+            for micro in micro_batches(hinted, batch.responses, weight > 0, args.setup, run.device):
                 seen = [teacher.read(micro) for teacher in teachers]
                 student = micro.with_prompts(batch.prompts, batch.responses)
                 inputs = Inputs(

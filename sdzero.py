@@ -459,7 +459,7 @@ def train_reviser(run: Run, rollouts: Rollouts, policy: Policy, optimizer, trace
 
         rollouts.sleep()
         run.phase("update")
-        micros = micro_batches(prompts, responses, None, args.setup.token_budget, run.device)
+        micros = micro_batches(prompts, responses, None, args.setup, run.device)
         for micro in micros:
             inputs = Inputs(per_token * micro.concat(weights))
             total, _ = policy(micro, srt_loss, inputs)
@@ -495,8 +495,7 @@ def distil(run: Run, rollouts: Rollouts, policy: Policy, teacher: Policy, optimi
         # update
         rollouts.sleep()
         run.phase("update")
-        budget = args.setup.token_budget
-        for micro in micro_batches(revising, batch.responses, None, budget, run.device):
+        for micro in micro_batches(revising, batch.responses, None, args.setup, run.device):
             seen = [teacher.read(micro)]
             inputs = Inputs(torch.full_like(micro.targets, per_token, dtype=torch.float32))
             total, stats = policy(

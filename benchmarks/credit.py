@@ -261,8 +261,9 @@ def read(policy: Policy, batch: Batch, prompts: list[list[int]], kept: list[bool
     """
     settings = rollouts.args
     found = {}
-    budget, device = settings.setup.token_budget, rollouts.run.device
-    for micro in micro_batches(prompts, batch.responses, torch.tensor(kept), budget, device):
+    device = rollouts.run.device
+    kept = torch.tensor(kept)
+    for micro in micro_batches(prompts, batch.responses, kept, settings.setup, device):
         hidden, head = policy.read(micro)  # [T, D], [V, D]
         student = policy.read(micro.with_prompts(batch.prompts, batch.responses))
         stats = token_stats(

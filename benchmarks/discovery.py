@@ -104,12 +104,11 @@ class Learner:
         self.rollouts.sleep()
         run.phase("update")
         old_logp = None
-        budget = args.setup.token_budget
         if args.minibatches > 1:
-            old_logp = score(self.policy, batch.prompts, batch.responses, budget, args.temperature)
+            old_logp = score(self.policy, batch.prompts, batch.responses, args.setup, args.temperature)
         for part in batch.minibatches(args.minibatches):
             weight = sdpo.token_weights(batch.lengths, kept & part, args)
-            for micro in micro_batches(hinted, batch.responses, weight > 0, budget, run.device):
+            for micro in micro_batches(hinted, batch.responses, weight > 0, args.setup, run.device):
                 seen = [teacher.read(micro) for teacher in teachers]
                 inputs = sdpo.Inputs(
                     micro.per_token(weight), micro.per_token(has_context), micro.per_token(A),

@@ -97,7 +97,7 @@ def main(args: Args) -> None:
                     cases.append((problem, o, group[j], tau, sum(R) / len(R), (r - sum(R) / len(R)) / spread))
     cases = cases[: args.failures]
     responses = [o.response_ids for _, o, _, _, _, _ in cases]
-    read = lambda before: score(policy, before, responses, args.token_budget)
+    read = lambda before: score(policy, before, responses, Setup(token_budget=args.token_budget))
     plain = read([o.prompt_ids for _, o, _, _, _, _ in cases])
     credit: dict[str, list[torch.Tensor]] = {}
     for kind in ("peer", "answer", "solution"):

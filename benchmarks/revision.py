@@ -177,8 +177,9 @@ def self_localisation(args: Args, settings: dict) -> dict[int, list[list[float]]
         revising.append(sdzero.reviser_prompt(rollout, int(verdict.reward == 1), ends))
     responses = [rollout.response_ids for rollout in rollouts]
     divergence = sdzero.divergence(SimpleNamespace(**settings))
+    setup = Setup(token_budget=settings["token_budget"])
     curves: dict[int, list[list[float]]] = {0: [], 1: []}
-    for micro in micro_batches(revising, responses, None, settings["token_budget"], device):
+    for micro in micro_batches(revising, responses, None, setup, device):
         teacher = policy.read(micro)
         with torch.no_grad():
             student = policy.read(micro.with_prompts(prompts, responses))

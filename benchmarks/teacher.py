@@ -335,11 +335,10 @@ def divergence_metrics(policy, method: ModuleType, settings, batch: Batch, promp
     kept = torch.tensor(read)
     if not kept.any():
         return {}
-    budget, device = settings.setup.token_budget, rollouts.run.device
     total = {"first": 0.0, "format": 0.0, "elsewhere": 0.0}
     by_verdict = {True: 0.0, False: 0.0}
     tokens = 0
-    for micro in micro_batches(prompts, batch.responses, kept, budget, device):
+    for micro in micro_batches(prompts, batch.responses, kept, settings.setup, rollouts.run.device):
         teacher = policy.read(micro)
         student = policy.read(micro.with_prompts(batch.prompts, batch.responses))
         stats = token_stats(

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.settings import Setup
+
 Ids = Sequence[list[int]]  # token ids, one list per rollout of the batch
 MOST_PADDING = 0.25  # every row has at least 1 − MOST_PADDING times the tokens of the longest
 
@@ -28,6 +30,7 @@ class Micro:
     prefix: Tensor | None = None  # [P, Lp] the different prompts, padded on the left, if shared
     prefix_mask: Tensor | None = None  # [P, Lp] 1 for a token, 0 for padding
     prefix_of: Tensor | None = None  # [B] the prompt of each row
+    may_share: bool = False  # --share_prompts
 
     @property
     def rollout(self) -> Tensor:
@@ -46,8 +49,9 @@ class Micro:
         return rollout.diff(prepend=before) != 0
 
     def with_prompts(self, prompts: Ids, responses: Ids) -> Micro:
-        """The same responses behind other prompts."""
-        return padded_right(prompts, responses, self.rows, self.ids.device)
+        """The same responses behind other prompts, which are shared if these may be."""
+        make = shared_prompts if self.may_share else padded_right
+        return make(prompts, responses, self.rows, self.ids.device)
 
     def per_token(self, values: Sequence[float] | Tensor) -> Tensor:
         """One value per rollout of the batch ([Q, G] or flat) → one per token [T], in fp32.
@@ -77,12 +81,12 @@ class Micro:
         return dict(zip(self.rows, parts))
 
 
-def micro_batches(prompts: Ids, responses: Ids, kept: Tensor | None, budget: int,
-                  device: torch.device, share_prompts: bool = False) -> list[Micro]:
-    """Sort rollouts by length and group them into micro-batches of at most `budget` padded tokens.
+def micro_batches(prompts: Ids, responses: Ids, kept: Tensor | None, setup: Setup,
+                  device: torch.device) -> list[Micro]:
+    """Sort rollouts by length and group them into micro-batches.
 
     kept: a mask over the rollouts, [Q, G] or flat; None keeps all.
-    share_prompts: read each different prompt of a micro-batch once.
+    setup: `token_budget`, the padded tokens of a micro-batch at most, and `share_prompts`.
     A row longer than the budget gets a micro-batch of its own. Every rank gets the same number of
     micro-batches, so that FSDP's collectives match: ranks with fewer split some of theirs or add
     empty ones. A collective.
@@ -101,13 +105,13 @@ def micro_batches(prompts: Ids, responses: Ids, kept: Tensor | None, budget: int
         similar = size >= (1 - MOST_PADDING) * width
         if bins and similar:
             padded_tokens = (len(bins[-1]) + 1) * width
-            if padded_tokens <= budget:
+            if padded_tokens <= setup.token_budget:
                 bins[-1].append(row)
                 continue
         bins.append([row])
         width = size
     split_evenly(bins)
-    make = shared_prompts if share_prompts else padded_right
+    make = shared_prompts if setup.share_prompts else padded_right
     return [make(prompts, responses, part, device) for part in bins]
 
 
@@ -139,7 +143,8 @@ def padded_right(prompts: Ids, responses: Ids, rows: list[int], device: torch.de
 
 
 def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.device) -> Micro:
-    """Each different prompt once, padded on the left, and rows of responses alone.
+    """Each different prompt once, padded on the left, and rows of responses alone; or padded_right,
+    if that is fewer tokens to read.
 
     Flattened positions count through all prompts, then through all rows. A prompt's last token
     predicts the first token of a response. The last token of a response predicts nothing and is
@@ -147,12 +152,19 @@ def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.
     """
     wanted = [tuple(prompts[row]) for row in rows]
     different = list(dict.fromkeys(wanted)) or [(0,)]
-    which = [different.index(prompt) for prompt in wanted]
     prefix = padded(different, left=True)
-    ones = [[1] * len(prompt) for prompt in different]
-    mask = padded(ones, left=True)
     read = [responses[row][:-1] for row in rows]
     ids = padded(read)
+    longest = max([len(prompts[row]) + len(responses[row]) for row in rows], default=0)
+    fewer = prefix.numel() + ids.numel() < len(rows) * longest
+    if len(different) == len(rows) or not fewer:
+        whole = padded_right(prompts, responses, rows, device)
+        whole.may_share = True
+        return whole
+    ones = [[1] * len(prompt) for prompt in different]
+    mask = padded(ones, left=True)
+    place = {prompt: i for i, prompt in enumerate(different)}
+    which = [place[prompt] for prompt in wanted]
     wide = prefix.shape[1]
     width = ids.shape[1]
     index: list[int] = []
@@ -162,6 +174,7 @@ def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.
         index.append(prompt_end)
         index += range(start, start + len(responses[row]) - 1)
     micro = micro_of(rows, responses, ids, index, device)
+    micro.may_share = True
     micro.prefix = prefix.to(device)
     micro.prefix_mask = mask.to(device)
     micro.prefix_of = as_long(which or [0], device)

@@ -29,6 +29,7 @@ from common.architecture import (
     without_weights,
 )
 from common.microbatches import Ids, Micro, micro_batches
+from common.settings import Setup
 from kernels.divergence import Divergence
 from kernels.head import TokenStats, head_loss, token_stats
 
@@ -111,14 +112,14 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def score(model: Policy | Adapters | None, prompts: Ids, responses: Ids, budget: int,
+def score(model: Policy | Adapters | None, prompts: Ids, responses: Ids, setup: Setup,
           temperature: float = 1.0, field: str = "logp") -> list[Tensor] | None:
     """A field of TokenStats for every response under `model`, [|o|] each; None if it is None."""
     if model is None:
         return None
     device = next(model.parameters()).device
     out: list[Tensor] = [torch.empty(0)] * len(prompts)
-    for micro in micro_batches(prompts, responses, None, budget, device):
+    for micro in micro_batches(prompts, responses, None, setup, device):
         values = getattr(model.stats(micro, temperature), field)
         for row, part in zip(micro.rows, values.split(micro.lengths)):
             out[row] = part
@@ -129,18 +130,17 @@ def score(model: Policy | Adapters | None, prompts: Ids, responses: Ids, budget:
 # --------------------------------------------------------------------------------------------------
 # loading and sharding
 # --------------------------------------------------------------------------------------------------
-def load_policy(path: str, device: torch.device, setup, share_prompts: bool = False) -> Policy:
+def load_policy(path: str, device: torch.device, setup: Setup) -> Policy:
     """Load the causal LM at `path` in fp32 and shard it over the ranks; CUDA computes in bf16.
 
     Only the first rank reads the weights. The other ranks start with a model without weights and
     get their shards from it, one layer at a time, so the host holds the model once.
-    setup: `checkpointing`, `shard`, `lora_rank` and `lora_alpha` of settings.Setup. With LoRA the
+    setup: `checkpointing`, `share_prompts`, `shard`, `lora_rank` and `lora_alpha`. With LoRA the
     base is frozen (in bf16 on CUDA) and fp32 adapters are trained on all linear layers but the
     head; they add alpha/rank·B·A to a weight, and B starts at 0.
-    share_prompts: whether micro-batches will share prompts.
     Raises SystemExit if there is no such model, or if training it would be wrong.
     """
-    lm = read_by_first_rank(path, setup.checkpointing, share_prompts)
+    lm = read_by_first_rank(path, setup.checkpointing, setup.share_prompts)
     if setup.checkpointing:
         enable_checkpointing(lm)
     policy = Policy(lm)

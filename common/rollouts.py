@@ -20,6 +20,7 @@ from common.chat import as_text, chat_ids, load_tokenizer
 from common.policy import Policy, full_weights, score
 from common.report import heldout_row
 from common.sampler import HFSampler, Rollout, make_sampler
+from common.settings import Setup
 from common.tasks import Problem, load_task, take
 from common.verifiers import Verdict
 from common.verifiers.pool import Verifier
@@ -191,7 +192,7 @@ class Rollouts:
         setup = self.args.setup
         check_architecture(
             lm, self.args.model, sampler=setup.sampler, checkpointing=setup.checkpointing,
-            share_prompts=getattr(self.args, "share_prompts", False),
+            share_prompts=setup.share_prompts,
         )
         return lm
 
@@ -283,7 +284,7 @@ def first_sync(sampler, policy: Policy, prompt: list[int]) -> None:
     sampler.load(full_weights(policy))
     rollouts = sampler.sample([prompt], 4, seed=(0,), keys=[0], max_tokens=16)[0]
     responses = [rollout.response_ids for rollout in rollouts]
-    scored = torch.cat(score(policy, [prompt] * 4, responses, budget=4096)).cpu()  # [T]
+    scored = torch.cat(score(policy, [prompt] * 4, responses, Setup())).cpu()  # [T]
     sampled = torch.tensor([logp for rollout in rollouts for logp in rollout.logprobs])  # [T]
     gap = (sampled - scored).abs().mean().nan_to_num(nan=torch.inf)
     dist.all_reduce(gap, dist.ReduceOp.MAX)

@@ -35,6 +35,7 @@ class Setup:
     heldout: int = 256  # problems set aside for evaluation, never trained on
     # machine
     token_budget: int = 16384  # padded tokens per forward pass of training
+    share_prompts: bool = False  # read a prompt once for all its responses in a forward pass
     sampler: Literal["hf", "vllm"] = "hf"  # engine: the model's Hugging Face code, or vLLM
     sampler_rows: int = 32  # rollouts decoded at once: more is faster and needs more KV cache
     tensor_parallel: int = 1  # --sampler vllm: ranks that share an engine
@@ -106,6 +107,11 @@ def check_settings(args) -> None:
     require(
         setup.sampler == "vllm" or setup.tensor_parallel == 1,
         f"--tensor_parallel {setup.tensor_parallel}: needs --sampler vllm, to share an engine",
+    )
+    require(
+        not (setup.share_prompts and setup.checkpointing),
+        "--share_prompts keeps keys and values, which --checkpointing drops: add "
+        "--no-checkpointing",
     )
     require(
         setup.sampler == "hf" or installed("vllm"),

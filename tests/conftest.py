@@ -48,6 +48,13 @@ def light_runs(request):
         yield
 
 
+def at_most(tokens: int, share: bool = False):
+    """The settings of micro-batches."""
+    from common.settings import Setup
+
+    return Setup(token_budget=tokens, share_prompts=share)
+
+
 @pytest.fixture
 def one_process():
     """A process group of one, as Run makes it without torchrun."""

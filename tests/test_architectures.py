@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CHAIN, ROOT
+from conftest import CHAIN, ROOT, at_most
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -206,7 +206,7 @@ class Case:
     responses: list = field(default_factory=list)
 
     def scores(self, policy) -> torch.Tensor:
-        return torch.cat(score(policy, self.prompts, self.responses, 10**6))
+        return torch.cat(score(policy, self.prompts, self.responses, at_most(10**6)))
 
     def references(self, lm) -> torch.Tensor:
         pairs = zip(self.prompts, self.responses)
@@ -216,7 +216,7 @@ class Case:
         """Log-probabilities and gradients of one batch, with prompts shared or not."""
         policy.zero_grad()
         found = [None] * len(self.prompts)
-        for m in micro_batches(self.prompts, self.responses, None, 10**6, CPU, share):
+        for m in micro_batches(self.prompts, self.responses, None, at_most(10**6, share), CPU):
             total, stats = policy(m, lambda stats, _: -stats.logp)
             total.backward()
             for row, logp in zip(m.rows, stats.logp.split(m.lengths)):
@@ -276,7 +276,7 @@ def test_an_architecture_trains_right_or_is_refused(family, tmp_path, one_proces
         with pytest.raises(SystemExit, match="--sampler hf"):
             check_architecture(empty_lm(path), path, sampler="hf")
         return
-    policy = load_policy(path, CPU, Setup(checkpointing=False), share_prompts=family.shares)
+    policy = load_policy(path, CPU, Setup(checkpointing=False, share_prompts=family.shares))
     sampler = HFSampler(path, load_tokenizer(CHAIN), CPU, blank=True)
     sampler.load(full_weights(policy))
     sampler.ends = [*range(30, 40)]  # some rows end early and leave the batch

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CHAIN, TASK, interrupted
+from conftest import CHAIN, TASK, at_most, interrupted
 from ranks import finish, launch, run_file
 from test_policy import CPU, log_likelihood, some_rollouts
 from torch.distributed.checkpoint import FileSystemReader
@@ -38,12 +38,12 @@ def rollouts() -> tuple[list[list[int]], list[list[int]]]:
 
 
 def logps(model, prompts, responses) -> torch.Tensor:
-    return torch.cat(score(model, prompts, responses, 4096))
+    return torch.cat(score(model, prompts, responses, at_most(4096)))
 
 
 def train(policy, optimizer, prompts, responses, steps: int = 1, after=lambda: None) -> None:
     for _ in range(steps):
-        for micro in micro_batches(prompts, responses, None, 10**6, CPU):
+        for micro in micro_batches(prompts, responses, None, at_most(10**6), CPU):
             total, _ = policy(micro, lambda stats, _: -stats.logp / len(micro.targets))
             total.backward()
         metrics = optimizer_step(policy, optimizer, 1e-2, 1.0)
@@ -90,7 +90,7 @@ def test_kernels_make_no_gradient_of_a_frozen_head(rank, one_process, monkeypatc
 
     monkeypatch.setattr(head_module, "HeadGradient", Spy)
     for per_response in (False, True):
-        micro, = micro_batches([[5, 6, 7]], [[8, 9]], None, 100, CPU)
+        micro, = micro_batches([[5, 6, 7]], [[8, 9]], None, at_most(100), CPU)
         total, _ = policy(micro, log_likelihood, per_response=per_response)
         total.backward()
     assert [d is None for d in made] == [rank > 0] * 2
@@ -119,7 +119,7 @@ def test_reading_a_teacher_leaves_the_students_gradient_as_it_is(lora):
     teacher = frozen_copy(policy, CPU)
     train(policy, optimizer, prompts, responses, steps=2)
     first_four = torch.arange(len(prompts)) < 4
-    micro, = micro_batches(prompts, responses, first_four, 10**6, CPU)
+    micro, = micro_batches(prompts, responses, first_four, at_most(10**6), CPU)
     found = []
     for other in (teacher, load_policy(CHAIN, CPU, Setup()).requires_grad_(False)):
         total, stats = policy(micro, lambda stats, _: stats.kl, None, [other.read(micro)])
@@ -189,8 +189,8 @@ def gradient(prompts: list, responses: list, out: str) -> None:
         noise = 0.05 * torch.randn(p.shape)
         p.data.add_(distribute_tensor(noise, p.device_mesh, p.placements))
     prompts, responses = prompts[rank::world], responses[rank::world]
-    base = score(reference, prompts, responses, 1000)
-    for m in micro_batches(prompts, responses, None, 60 * world, CPU):
+    base = score(reference, prompts, responses, at_most(1000))
+    for m in micro_batches(prompts, responses, None, at_most(60 * world), CPU):
         total, _ = policy(m, lambda stats, _: -stats.logp)
         total.backward()
     logp = torch.cat(base).sum().double()

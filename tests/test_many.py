@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CHAIN, GROUPS, ROOT, TASK, interrupted
+from conftest import CHAIN, GROUPS, ROOT, TASK, at_most, interrupted
 from ranks import another_port, finish, free_port, launch, run_file, run_grpo
 from test_run import assert_same_run, metrics, weights
 from transformers import AutoModelForCausalLM
@@ -144,7 +144,7 @@ def hybrid(folder: str) -> None:
         for policy, optimizer in zip(policies, optimizers):
             # ranks have 1 to 3 rows, the last has none in the second step
             kept = torch.full((len(responses),), step == 0 or rank < 3)
-            for micro in micro_batches(prompts[: len(responses)], responses, kept, 4, CPU):
+            for micro in micro_batches(prompts[: len(responses)], responses, kept, at_most(4), CPU):
                 total, _ = policy(micro, lambda stats, _: (1 + rank) * stats.logp)
                 total.backward()
             grads = {n: p.grad.full_tensor().clone() for n, p in policy.named_parameters()}

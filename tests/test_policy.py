@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CHAIN
+from conftest import CHAIN, at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import finish, launch
@@ -39,8 +39,8 @@ def log_likelihood(stats: TokenStats, _) -> torch.Tensor:
 def stats_of_each(policy, prompts, responses, budget: int, share: bool) -> list[TokenStats]:
     """What the training forward says of every rollout."""
     out = [None] * len(prompts)
-    for m in micro_batches(prompts, responses, None, budget, CPU, share_prompts=share):
-        if share:
+    for m in micro_batches(prompts, responses, None, at_most(budget, share), CPU):
+        if share and m.prefix is not None:
             assert len(m.prefix) == len({tuple(prompts[i]) for i in m.rows})
         total, stats = policy(m, log_likelihood)
         torch.testing.assert_close(total, stats.logp.sum())
@@ -57,7 +57,7 @@ def test_packed_logprobs_equal_one_by_one(one_process):
     policy = load_policy(CHAIN, CPU, Setup(checkpointing=False))
     for budget, share in ((1, False), (100, False), (10_000, False), (10_000, True)):
         found = stats_of_each(policy, prompts, responses, budget, share)
-        scored = score(policy, prompts, responses, budget)
+        scored = score(policy, prompts, responses, at_most(budget))
         for p, r, got, alone in zip(prompts, responses, found, scored):
             with torch.no_grad():
                 logp = lm(torch.tensor([p + r])).logits[0, len(p) - 1 : -1].double().log_softmax(-1)
@@ -76,7 +76,7 @@ def test_micro_batches_hold_each_token_once_within_the_budget(sizes, budget):
         prompts = [[r.randrange(9) for _ in range(p)] for p, _ in sizes]
         responses = [[r.randrange(9) for _ in range(n)] for _, n in sizes]
         seen = []
-        for m in micro_batches(prompts, responses, None, budget, CPU):
+        for m in micro_batches(prompts, responses, None, at_most(budget), CPU):
             assert m.ids.numel() <= budget or len(m.rows) <= 1
             flat, start = m.ids.flatten(), 0
             for row, n in zip(m.rows, m.lengths):
@@ -95,7 +95,7 @@ def test_the_end_token_is_trained_and_truncation_comes_from_the_finish_reason(on
     stopped = [o for o in rollouts if not o.truncated]
     assert stopped and all(o.response_ids[-1] in sampler.ends for o in stopped)
     for micro in micro_batches([o.prompt_ids for o in stopped], [o.response_ids for o in stopped],
-                               None, 10**6, CPU):
+                               None, at_most(10**6), CPU):
         ends = torch.tensor(micro.lengths).cumsum(0) - 1
         assert torch.isin(micro.targets[ends], torch.tensor(sampler.ends)).all()
     _, cut = some_rollouts(6, max_tokens=3)
@@ -109,17 +109,17 @@ def test_sampler_and_trainer_agree_and_move_together(one_process):
     sampler, rollouts = some_rollouts(6, n=4)
     prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
     policy = load_policy(CHAIN, CPU, Setup())
-    before = score(policy, prompts, responses, 4096)
+    before = score(policy, prompts, responses, at_most(4096))
     gap = max((torch.tensor(o.logprobs) - b).abs().max() for o, b in zip(rollouts, before))
     assert gap < 1e-4
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    micro = micro_batches(prompts, responses, None, 10**6, CPU)[0]
+    micro = micro_batches(prompts, responses, None, at_most(10**6), CPU)[0]
     total, _ = policy(micro, lambda stats, _: -stats.logp / len(micro.targets))
     total.backward()
     metrics = optimizer_step(policy, optimizer, 1e-3, 1.0)
     assert metrics["grad_norm"][0] > 0 and metrics["skipped_updates"] == [0]
     sampler.load(full_weights(policy))
-    after = score(policy, prompts, responses, 4096)
+    after = score(policy, prompts, responses, at_most(4096))
     assert max((a - b).abs().max() for a, b in zip(after, before)) > 1e-2
     with torch.no_grad():
         for p, r, expected in zip(prompts, responses, after):
@@ -138,13 +138,13 @@ def gradient(data: dict, budget: int, share: bool, out: str) -> None:
     prompts = [prompt for group in data["prompts"][mine] for prompt in group]
     responses = [response for group in data["responses"][mine] for response in group]
     lengths = torch.tensor([len(response) for response in responses]).view_as(rewards)
-    policy = load_policy(CHAIN, CPU, Setup(checkpointing=False), share)
+    policy = load_policy(CHAIN, CPU, Setup(checkpointing=False, share_prompts=share))
     found = {}
     for name in ("grpo", "dapo", "gspo"):
         args = grpo.Args(loss=name, beta=0.0, tis=0.0, max_tokens=50)
         A = grpo.advantages(rewards, args.std)
         weight = grpo.token_weights(lengths, torch.ones_like(lengths), args)
-        micros = micro_batches(prompts, responses, A != 0, budget, CPU, share)
+        micros = micro_batches(prompts, responses, A != 0, at_most(budget, share), CPU)
         for m in micros:
             unknown = torch.zeros(len(m.targets))
             inputs = grpo.Inputs(m.per_token(A), m.per_token(weight), unknown, None, None, m.rollout)
@@ -189,7 +189,7 @@ def test_any_split_of_a_batch_gives_the_same_gradient(tmp_path, one_process):
 def test_reading_a_policy_twice_moves_nothing(one_process):
     policy = load_policy(CHAIN, CPU, Setup())
     before = {n: w.clone() for n, w in full_weights(policy)}
-    score(policy, [[1, 2, 3]], [[4, 5]], 100)
+    score(policy, [[1, 2, 3]], [[4, 5]], at_most(100))
     assert all(torch.equal(w, before[n]) for n, w in full_weights(policy))
 
 
@@ -210,7 +210,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass_and_gives_the_same_gradi
         with torch.no_grad():
             for i, p in enumerate(trained_parameters(policy)):
                 p.to_local().add_(0.01 * (i % 2))  # under LoRA no longer the base
-        micro, = micro_batches(prompts, responses, None, 10**6, CPU)
+        micro, = micro_batches(prompts, responses, None, at_most(10**6), CPU)
         saved = {}
 
         def pack(x):
@@ -225,3 +225,31 @@ def test_checkpointing_keeps_less_for_the_backward_pass_and_gives_the_same_gradi
     assert kept[1] < 0.5 * kept[0], kept
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_and_a_student_may_share_prompts(one_process):
+    """The divergence and its gradient are the same, whichever of the two sides has prompts to share."""
+    r = random.Random(1)
+    tokens = lambda low, high: [r.randrange(3, 500) for _ in range(r.randint(low, high))]
+    asked = [tokens(9, 12) for _ in range(2)]
+    prompts = [asked[i // 3] for i in range(6)]
+    hints = [tokens(26, 30) for _ in range(6)]
+    responses = [tokens(6, 8) for _ in range(6)]
+    for hinted in (hints, [hints[i // 3] for i in range(6)]):
+        found = []
+        for share in (False, True):
+            policy = load_policy(CHAIN, CPU, Setup(checkpointing=False, share_prompts=share))
+            micro, = micro_batches(hinted, responses, None, at_most(10**6, share), CPU)
+            student = micro.with_prompts(prompts, responses)
+            assert (student.prefix is not None) == share
+            assert (micro.prefix is not None) == (share and hinted is not hints)
+            seen = [policy.read(micro)]
+            total, stats = policy(student, lambda stats, _: stats.kl, None, seen)
+            total.backward()
+            grads = {name: p.grad.full_tensor() for name, p in policy.named_parameters()}
+            found.append((stats.kl, micro.rows, grads))
+        (kl, rows, grads), (shared_kl, shared_rows, shared_grads) = found
+        assert rows == shared_rows
+        torch.testing.assert_close(shared_kl, kl, rtol=1e-4, atol=1e-6)
+        for name, grad in grads.items():
+            torch.testing.assert_close(shared_grads[name], grad, rtol=1e-3, atol=1e-5)

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAIN
+from conftest import CHAIN, at_most
 from test_house import ALGORITHMS
 
 from common import policy as policies
@@ -20,7 +20,7 @@ def test_a_policy_in_bf16_hands_the_loss_its_inputs_in_fp32(per_response, one_pr
     monkeypatch.setattr(policies.dist, "init_device_mesh", lambda _, *rest, **named: real("cpu", *rest, **named))
     policy = policies.load_policy(CHAIN, SimpleNamespace(type="cuda"), Setup())
     responses = [[5, 6, 7], [8, 9]]
-    micro, = micro_batches([[1, 2]] * 2, responses, None, 100, torch.device("cpu"))
+    micro, = micro_batches([[1, 2]] * 2, responses, None, at_most(100), torch.device("cpu"))
     hidden, head = policy.read(micro)
     assert hidden.dtype == head.dtype == torch.bfloat16
     values = [[-9.123456, -0.3333333, -1e-4], [-17.01, 1.001]]  # none of them is a bf16 number

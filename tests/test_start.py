@@ -431,7 +431,7 @@ def test_a_resume_may_change_the_machine_and_says_what_else_changed(trained, cap
 def test_settings_that_a_resume_fixes_or_frees_are_settings(name):
     names = set(flat(args_of(name)))
     assert not set(FIXED) & set(FREE) and set(FIXED) <= names
-    assert set(FREE) - names <= {"share_prompts", "steps"}
+    assert set(FREE) - names <= {"steps"}
 
 
 @pytest.mark.parametrize("name, flags, words", [("hsd", ["--teacher", "ema"], "--teacher 'frozen', not 'ema'"),

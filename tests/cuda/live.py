@@ -29,6 +29,7 @@ from common import policy  # noqa: E402
 from common.architecture import enable_checkpointing  # noqa: E402
 from common.memory import Ledger, flash_attention  # noqa: E402
 from common.microbatches import micro_batches  # noqa: E402
+from common.settings import Setup  # noqa: E402
 from kernels import rows_triton  # noqa: E402
 from kernels.head import Divergence  # noqa: E402
 
@@ -123,7 +124,7 @@ def main(case: dict) -> dict:
             p.grad = torch.zeros_like(p)
         optimizer.step()  # makes the moments; the gradients stay, as of an earlier micro-batch
         ledger.phase()
-        (micro,) = micro_batches(prompts, responses, None, case["tokens"], pretend.GPU)
+        (micro,) = micro_batches(prompts, responses, None, Setup(token_budget=case["tokens"]), pretend.GPU)
         seen = [teacher.read(micro)] if case.get("teacher") else []
         peaks["teacher"] = ledger.phase()
         total, stats = student(micro, distance if seen else surprise, None, seen, divergence=Divergence("forward_kl"))

@@ -15,18 +15,18 @@ WALKS = {  # by the number of ranks
     1: [
         "grpo --loss gspo --minibatches 2 --beta 0.01 --steps 1",
         "grpo --loss gspo --minibatches 2 --beta 0.01 --steps 2 --resume auto",
-        "hsd --lora_rank 4 --teacher ema --beta 0.01 --checkpointing --steps 1",
-        "hsd --lora_rank 4 --teacher ema --beta 0.01 --checkpointing --steps 2 --resume auto",
+        "hsd --lora_rank 4 --teacher ema --beta 0.01 --no-share_prompts --checkpointing --steps 1",
+        "hsd --lora_rank 4 --teacher ema --beta 0.01 --no-share_prompts --checkpointing --steps 2 --resume auto",
         "sdpo --teacher trust_region --kl jsd --top_k 20 --lam 0.5 --minibatches 2 --steps 1",
         "rlsd --teacher_every 1 --minibatches 2 --steps 1",
         "sdzero --srt_questions 16 --sd_questions 16 --srt_batch 8 --kl forward --top_k 8",
     ],
     8: [
         "grpo --lora_rank 4 --beta 0.01 --no-share_prompts --checkpointing --steps 1",
-        "hsd --teacher live --beta 0.01 --kl jsd --grpo_mix 0.5 --checkpointing --steps 1",
+        "hsd --teacher live --beta 0.01 --kl jsd --grpo_mix 0.5 --no-share_prompts --checkpointing --steps 1",
         "sdpo --teacher ema --kl reverse --granularity sequence --steps 1",
-        "rlsd --teacher_every 1 --checkpointing --steps 1",
-        "sdzero --srt_questions 16 --sd_questions 16 --srt_batch 8 --checkpointing",
+        "rlsd --teacher_every 1 --no-share_prompts --checkpointing --steps 1",
+        "sdzero --srt_questions 16 --sd_questions 16 --srt_batch 8 --no-share_prompts --checkpointing",
     ],
 }
 MISTAKES = {  # of walk.py → what is said of them

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import CHAIN
+from conftest import CHAIN, at_most
 from test_vllm import CPU, engine_logps
 
 from common import rollouts as sampling
@@ -72,7 +72,7 @@ def furthest(sampler: VLLMSampler, policy: Policy, chats: list[list[int]]) -> fl
     groups = sampler.sample(chats, 2, seed=(1,), keys=range(len(chats)), max_tokens=12)
     rollouts = [o for g in groups for o in g]
     prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
-    scored = torch.cat(score(policy, prompts, responses, 4096))
+    scored = torch.cat(score(policy, prompts, responses, at_most(4096)))
     sampled = torch.tensor([logp for o in rollouts for logp in o.logprobs])
     read = torch.cat(engine_logps(sampler, rollouts))
     return max((scored - sampled).abs().max().item(), (scored - read).abs().max().item())

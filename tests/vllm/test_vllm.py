@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import CHAIN, GROUPS, ROOT, TASK
+from conftest import CHAIN, GROUPS, ROOT, TASK, at_most
 from ranks import another_port, finish, launch, run_grpo
 
 from common.chat import chat_ids, load_tokenizer
@@ -67,24 +67,24 @@ def agrees_and_follows(sampler: VLLMSampler, rank: int, dtype: str, bound: float
         assert [[o.response_ids for o in g] for g in again] == [[o.response_ids for o in g] for g in groups]
 
     prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
-    before = score(policy, prompts, responses, 4096)
+    before = score(policy, prompts, responses, at_most(4096))
     gap = max((torch.tensor(o.logprobs) - b).abs().max().item() for o, b in zip(rollouts, before))
     assert gap < bound
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    micro = micro_batches(prompts, responses, None, 10**6, CPU)[0]
+    micro = micro_batches(prompts, responses, None, at_most(10**6), CPU)[0]
     total, _ = policy(micro, lambda stats, _: -stats.logp / len(micro.targets))
     total.backward()
     optimizer_step(policy, optimizer, 2e-2 if rank else 2e-3, 1.0)
     sampler.sleep()
     sampler.load(full_weights(policy))
-    after = score(policy, prompts, responses, 4096)
+    after = score(policy, prompts, responses, at_most(4096))
     engine = engine_logps(sampler, rollouts)
     moved = max((a - b).abs().max().item() for a, b in zip(after, before))
     assert moved > 0.1
     assert max((a - e).abs().max().item() for a, e in zip(after, engine)) < bound
     # nothing cached of the old weights is used: what is sampled now is the new policy's
     new = [o for g in sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=48) for o in g]
-    trained = score(policy, [o.prompt_ids for o in new], [o.response_ids for o in new], 4096)
+    trained = score(policy, [o.prompt_ids for o in new], [o.response_ids for o in new], at_most(4096))
     assert max((torch.tensor(o.logprobs) - t).abs().max().item() for o, t in zip(new, trained)) < bound
 
 
