@@ -176,7 +176,7 @@ def module_parameters():
     ("sdpo", ["--kl", "jsd", "--granularity", "sequence"], "--granularity sequence needs the reverse KL: add --kl reverse"),
     ("sdpo", ["--max_tokens", "600"], "2 × --max_tokens 600 can exceed"),
     ("hsd", ["--entry_clip", "0.1", "--kl", "jsd"], "--entry_clip bounds the entries of --kl forward"),
-    ("hsd", ["--max_tokens", "980"], "--max_tokens 980 can exceed the model's context of 1024 (with the teacher's context)"),
+    ("hsd", ["--max_tokens", "984"], "--max_tokens 984 can exceed the model's context of 1024 (with the teacher's context)"),
 ])
 def test_settings_that_cannot_work_are_refused_in_one_line(name, flags, words, monkeypatch):
     vllm(monkeypatch, there=True)
