@@ -116,7 +116,7 @@ def presets(args: Args) -> dict:
 # --------------------------------------------------------------------------------------------------
 SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
-CLOSING = "Now answer the original question."
+CLOSING = "Now answer the original question."  # best of those measured: docs/teacher.md
 LAYOUT = ("question", "solution", "feedback", "closing")  # the order of Table 2
 
 
