@@ -30,7 +30,14 @@ class Micro:
     prefix: Tensor | None = None  # [P, Lp] the different prompts, padded on the left, if shared
     prefix_mask: Tensor | None = None  # [P, Lp] 1 for a token, 0 for padding
     prefix_of: Tensor | None = None  # [B] the prompt of each row
-    may_share: bool = False  # --share_prompts
+    tokens: int = 0  # that are read, without padding
+    pairs: int = 0  # of a token with one that it sees, itself included
+
+    @property
+    def padded(self) -> int:
+        """Tokens that are read, padding included."""
+        prefix = 0 if self.prefix is None else self.prefix.numel()
+        return self.ids.numel() + prefix
 
     @property
     def rollout(self) -> Tensor:
@@ -49,8 +56,8 @@ class Micro:
         return rollout.diff(prepend=before) != 0
 
     def with_prompts(self, prompts: Ids, responses: Ids) -> Micro:
-        """The same responses behind other prompts, which are shared if these may be."""
-        make = shared_prompts if self.may_share else padded_right
+        """The same responses behind other prompts, which are shared if these are."""
+        make = padded_right if self.prefix is None else shared_prompts
         return make(prompts, responses, self.rows, self.ids.device)
 
     def per_token(self, values: Sequence[float] | Tensor) -> Tensor:
@@ -139,13 +146,17 @@ def padded_right(prompts: Ids, responses: Ids, rows: list[int], device: torch.de
     for b, row in enumerate(rows):
         first = b * width + len(prompts[row]) - 1  # the prompt's last token
         index += range(first, first + len(responses[row]))
-    return micro_of(rows, responses, ids, index, device)
+    micro = micro_of(rows, responses, ids, index, device)
+    sizes = [len(prompts[row]) + len(responses[row]) for row in rows]
+    micro.tokens = sum(sizes)
+    micro.pairs = sum(map(triangle, sizes))
+    return micro
 
 
 def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.device) -> Micro:
-    """Each different prompt once, padded on the left, and rows of responses alone; or padded_right,
-    if that is fewer tokens to read.
+    """Each different prompt once, padded on the left, and rows of responses alone.
 
+    Also if no prompt repeats: every rank must make the same forward passes, for FSDP's collectives.
     Flattened positions count through all prompts, then through all rows. A prompt's last token
     predicts the first token of a response. The last token of a response predicts nothing and is
     not read.
@@ -155,12 +166,6 @@ def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.
     prefix = padded(different, left=True)
     read = [responses[row][:-1] for row in rows]
     ids = padded(read)
-    longest = max([len(prompts[row]) + len(responses[row]) for row in rows], default=0)
-    fewer = prefix.numel() + ids.numel() < len(rows) * longest
-    if len(different) == len(rows) or not fewer:
-        whole = padded_right(prompts, responses, rows, device)
-        whole.may_share = True
-        return whole
     ones = [[1] * len(prompt) for prompt in different]
     mask = padded(ones, left=True)
     place = {prompt: i for i, prompt in enumerate(different)}
@@ -174,11 +179,19 @@ def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.
         index.append(prompt_end)
         index += range(start, start + len(responses[row]) - 1)
     micro = micro_of(rows, responses, ids, index, device)
-    micro.may_share = True
     micro.prefix = prefix.to(device)
     micro.prefix_mask = mask.to(device)
     micro.prefix_of = as_long(which or [0], device)
+    micro.tokens = sum(map(len, different)) + sum(map(len, read))
+    micro.pairs = sum(triangle(len(prompt)) for prompt in different)
+    for prompt, response in zip(wanted, read):
+        micro.pairs += len(prompt) * len(response) + triangle(len(response))
     return micro
+
+
+def triangle(n: int) -> int:
+    """1 + 2 + … + n."""
+    return n * (n + 1) // 2
 
 
 def micro_of(rows: list[int], responses: Ids, ids: Tensor, index: list[int],

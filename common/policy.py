@@ -30,6 +30,7 @@ from common.architecture import (
 )
 from common.microbatches import Ids, Micro, micro_batches
 from common.settings import Setup
+from common.work import WORK, cost_of
 from kernels.divergence import Divergence
 from kernels.head import TokenStats, head_loss, token_stats
 
@@ -42,6 +43,7 @@ class Policy(nn.Module):
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.lm = lm
+        self.cost = cost_of(lm)
 
     def forward(self, micro: Micro, loss: Callable | None = None, inputs: NamedTuple | None = None,
                 seen: Sequence[Seen] = (), *, divergence: Divergence = Divergence(),
@@ -60,6 +62,7 @@ class Policy(nn.Module):
         head = self.lm.get_output_embeddings().weight
         if loss is None:
             return hidden, head
+        WORK.head(micro, self.cost, len(seen))
         student = (hidden, head, micro.targets)
         teacher = (None, None)
         if seen:
@@ -81,10 +84,12 @@ class Policy(nn.Module):
     def stats(self, micro: Micro, temperature: float) -> TokenStats:
         """TokenStats of the response tokens, without gradient."""
         hidden, head = self(micro)
+        WORK.head(micro, self.cost, 0)
         return token_stats(hidden, head, micro.targets, temperature=temperature)
 
     def hidden_states(self, micro: Micro) -> Tensor:
         """The hidden states of all places, one row after the other."""
+        WORK.read(micro, self.cost)
         if micro.prefix is None:
             return self.body(input_ids=micro.ids, use_cache=False)  # [B·L, D]
         # A prompt is read once for all its responses. Gradients reach it through its keys and
@@ -146,6 +151,7 @@ def load_policy(path: str, device: torch.device, setup: Setup) -> Policy:
     policy = Policy(lm)
     if setup.lora_rank > 0:
         add_adapters(policy, setup.lora_rank, setup.lora_alpha)
+        policy.cost = policy.cost._replace(backward=1.0)  # none for frozen weights
         for p in lm.parameters():
             if not p.requires_grad and device.type == "cuda":
                 p.data = p.data.bfloat16()  # as it is computed: only trained weights need more

@@ -34,6 +34,7 @@ from common import TIMEOUT, checkpoints, memory, require
 from common.log import draw_curves, make_tracker, reduce_over_ranks
 from common.report import first_example, write_report
 from common.settings import changes, check_settings, flat
+from common.work import WORK
 
 PATIENCE = 5  # steps in a row without a finite gradient, until the run gives up
 EDITION = 2  # of the checkpoints' state
@@ -233,6 +234,7 @@ class Run:
             self.peak_gib()
         now = time.perf_counter()
         self.times[self.current] = self.times.get(self.current, 0.0) + now - self.since
+        WORK.end(self.current)
         self.current, self.since = name, now
 
     def collect(self, metrics: dict[str, Tensor | list]) -> None:
@@ -252,6 +254,7 @@ class Run:
         row |= {f"time/{phase}": seconds for phase, seconds in self.times.items()}
         row["time/step"] = sum(self.times.values())
         row["peak_gib"] = self.peak_gib()
+        row |= WORK.report(self.times, self.device)
         self.collected, self.times = {}, {}
         no_update = "skipped_updates" in row and "grad_norm" not in row
         self.without_update = self.without_update + 1 if no_update else 0
