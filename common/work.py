@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from common.microbatches import Micro
 
+REPORTED = ("score", "update")  # phases in which the policy and its teachers read
 PEAKS = {  # in a GPU's name → TFLOP/s of its dense bf16 products, by the data sheet
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
     "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
@@ -30,13 +31,17 @@ class Cost(NamedTuple):
 
 
 class Work:
-    """Sums since they were last reported."""
+    """Sums of the phase that is going on, and of REPORTED phases since the last report."""
 
     def __init__(self):
         self.flops: dict[str, float] = {}  # by phase
-        self.since = 0.0  # FLOPs of the current phase
-        self.tokens = 0  # read
-        self.padded = 0  # the same with padding
+        self.read_tokens = self.read_padded = 0  # without and with padding
+        self.begin()
+
+    def begin(self) -> None:
+        """A phase begins."""
+        self.since = 0.0  # FLOPs
+        self.tokens = self.padded = 0
 
     def read(self, micro: Micro, cost: Cost) -> None:
         """The layers read a micro-batch."""
@@ -51,8 +56,11 @@ class Work:
 
     def end(self, phase: str) -> None:
         """What was computed since the last call belongs to this phase."""
-        self.flops[phase] = self.flops.get(phase, 0.0) + self.since
-        self.since = 0.0
+        if phase in REPORTED:
+            self.flops[phase] = self.flops.get(phase, 0.0) + self.since
+            self.read_tokens += self.tokens
+            self.read_padded += self.padded
+        self.begin()
 
     def report(self, seconds: dict[str, float], device: torch.device) -> dict[str, float]:
         """tflops/PHASE, mfu/update and padding/share of this process; the sums begin anew.
@@ -60,15 +68,14 @@ class Work:
         seconds: of each phase.
         """
         row = {}
-        for phase in ("score", "update"):
-            flops = self.flops.get(phase, 0.0)
+        for phase, flops in self.flops.items():
             if flops > 0:
                 row[f"tflops/{phase}"] = flops / seconds[phase] / 1e12
         most = peak(device)
         if most and "tflops/update" in row:
             row["mfu/update"] = row["tflops/update"] / most
-        if self.padded > 0:
-            row["padding/share"] = 1 - self.tokens / self.padded
+        if self.read_padded > 0:
+            row["padding/share"] = 1 - self.read_tokens / self.read_padded
         self.__init__()
         return row
 

@@ -17,6 +17,7 @@ CHAIN = str(ROOT / "assets" / "chain")
 # A run of a few seconds: three numbers to add take 28 tokens, and some answers are right, some wrong.
 TASK = ["--demo", "--model", CHAIN, "--task", "chain:3", "--max_tokens", "28", "--heldout", "4", "--eval_samples", "1"]
 GROUPS = [*TASK, "--batch_size", "4", "--group_size", "4"]
+MEASURED = ("time/", "tflops/", "mfu/", "peak_gib")  # metrics that no two runs share
 ALL_PROBLEMS = ("test_tasks", "test_chain_model")  # modules that are about them
 torch.set_num_threads(1)
 

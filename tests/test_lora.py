@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CHAIN, TASK, at_most, interrupted
+from conftest import CHAIN, MEASURED, TASK, at_most, interrupted
 from ranks import finish, launch, run_file
 from test_policy import CPU, log_likelihood, some_rollouts
 from torch.distributed.checkpoint import FileSystemReader
@@ -236,7 +236,7 @@ def outcome(folder) -> tuple[list[dict], dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = max((folder / "checkpoints").iterdir())
     weights = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).state_dict()
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "peak_gib"} for row in rows], weights
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows], weights
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CHAIN, GROUPS, ROOT, interrupted
+from conftest import CHAIN, GROUPS, MEASURED, ROOT, interrupted
 from ranks import another_port, finish, launch
 from ranks import run_grpo as grpo_in_a_rank
 from test_house import ALGORITHMS
@@ -37,7 +37,7 @@ def run_grpo(out, *flags: str) -> None:
 
 def metrics(folder) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "peak_gib"} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
 
 
 def weights(folder, step: int) -> dict[str, torch.Tensor]:
