@@ -101,8 +101,9 @@ def cost_of(lm: PreTrainedModel) -> Cost:
         if p.ndim == 3:
             used = getattr(config, "num_experts_per_tok", len(p)) / len(p)
         weights += used * p.numel()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)  # 0: it does not attend
+    # not an attribute: if layers differ, asking for it is an error
+    width = vars(config).get("head_dim") or config.hidden_size // max(heads, 1)
     return Cost(
         token=2 * weights,
         pair=4 * config.num_hidden_layers * heads * width,
