@@ -67,9 +67,10 @@ def one_process():
 def policy_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, loss, inputs, seen=(), **settings):
     """What a policy makes of hidden states [T, D] and a head [V, D] without a model: → (total, stats)."""
     from common.policy import Policy
+    from common.work import Cost
 
     head_of_lm = SimpleNamespace(weight=head)
-    policy = SimpleNamespace(hidden_states=lambda micro: hidden,
+    policy = SimpleNamespace(hidden_states=lambda micro: hidden, cost=Cost(0, 0, 0, 0),
                              lm=SimpleNamespace(get_output_embeddings=lambda: head_of_lm))
     micro = SimpleNamespace(index=slice(None), targets=targets)
     return Policy.forward(policy, micro, loss, inputs, seen, **settings)

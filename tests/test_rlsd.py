@@ -231,7 +231,7 @@ def test_with_lambda_zero_the_run_is_grpos(tmp_path):
     run(tmp_path, "--steps", "2", "--name", "rlsd", "--lam", "0")
     grpo.main(parse(grpo.Args, grpo.presets, [
         *GROUPS, "--eval_every", "3", "--out", str(tmp_path), "--name", "grpo", "--steps", "2", "--clip_high", "0.28", "--loss", "grpo",
-        "--weight_decay", "0", "--no-share_prompts"]))
+        "--weight_decay", "0"]))
     a, b = metrics(tmp_path / "rlsd"), metrics(tmp_path / "grpo")
     assert [(r.get("reward/mean"), r.get("grad_norm")) for r in a] == [(r.get("reward/mean"), r.get("grad_norm")) for r in b]
     assert a[1]["grad_norm"] > 0
