@@ -828,7 +828,9 @@ verifier([Problem("p", [], kind="code", meta=meta)] * 8, ["```python\\nimport ti
 def test_one_interrupt_ends_the_run_and_all_that_it_started(unsafe):
     limit = 2000 + 2 * (os.getpid() % 1000) + unsafe  # seconds: in the sandboxes' command lines, so they can be found
     source, token = INTERRUPTED.format(limit=limit, unsafe=unsafe), f"main('serve', {6 * limit + 1},"
-    run = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", source], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
     deadline = time.monotonic() + 60
     while len(running(token)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
