@@ -158,7 +158,7 @@ METHODS |= {
 }
 
 
-WATCHED = ("frac_truncated", "teacher/accuracy", "revise/pass@1", "clip_frac")  # kept in runs.json, step by step
+WATCHED = ("frac_truncated", "teacher/accuracy", "teacher/frac_truncated", "revise/pass@1", "clip_frac")  # kept in runs.json, step by step
 
 
 @dataclass
