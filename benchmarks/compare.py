@@ -238,7 +238,7 @@ def progress(folder: Path) -> dict[str, list[float]]:
 
 
 def lead_of(rows: list[dict]) -> float | None:
-    """How much more often the teacher was right than the student, on the same questions, before the first update: of SD-Zero
+    """How much more often the teacher was right than the student, on the same questions, in step 0: of SD-Zero
     its revisions against the first attempts, in training's first evaluation. None: no teacher answers.
 
     >>> lead_of([{"revise/pass@1": 0.75, "heldout/pass@1": 0.5}]), lead_of([{"teacher/lead": 0.5}, {}]), lead_of([{}])

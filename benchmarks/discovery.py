@@ -4,7 +4,7 @@ Two baselines get the same budget of attempts: best-of-k samples the initial pol
 multi-turn samples it once per turn, with the feedback on its earlier attempts in the prompt, the
 oldest dropped when they no longer fit the context.
 
-    python benchmarks/discovery.py --demo      # the embedded model, 24 problems: an hour on one core
+    python benchmarks/discovery.py --demo      # the embedded model, 24 problems: long
     python benchmarks/discovery.py --task livecodebench --kl reverse --top_k 20 --adv_clip 5 \\
         --teacher_rate 0.01 --group_size 16 --budget 2750 --seeds 5 --warmup 0 --lora_rank 32 \\
         --lr 1e-5                              # Table 12, Sec. 5, with LoRA: one GPU

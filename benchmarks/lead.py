@@ -2,8 +2,8 @@
 
     python benchmarks/lead.py        # after benchmarks/compare.py; reads results/compare/*/runs.json
 
-Lead: how much more often the teacher is right than the student on the same questions, before the
-first update (`teacher/lead`; of SD-Zero, its revisions against its first attempts). Gain: held-out
+Lead: how much more often the teacher is right than the student on the same questions, in step 0
+(`teacher/lead`; of SD-Zero, its revisions against its first attempts). Gain: held-out
 pass@1 of the last evaluation less that of the first, without hints. Writes results/compare/lead.json,
 lead.md and lead.png.
 """
@@ -76,7 +76,7 @@ def draw(found: list[dict], path: Path) -> None:
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.axvline(0, color="gray", linewidth=0.8)
     axis.set(
-        xlabel="teacher's lead before the first update: right more often than the student by",
+        xlabel="teacher's lead in step 0: right more often than the student by",
         ylabel="gain in held-out pass@1, without hints",
     )
     axis.grid(alpha=0.3)

@@ -1,6 +1,6 @@
 """HSD as printed: does the paper's objective hold, and at which learning rate and β?
 
-    python benchmarks/printed.py --jobs 2           # the embedded model, half an hour on two cores
+    python benchmarks/printed.py --jobs 2           # the embedded model, 40 runs of 100 steps
 
 The paper's teacher is live, its KL is forward, and every objective has Ω = β KL(π_θ‖π_0) with β =
 0.001 (Sec. 2.2). How Ω is summed over a response is not said: 0.001 per token, or 0.001 of the

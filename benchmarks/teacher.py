@@ -48,6 +48,7 @@ from common.rollouts import Batch, Group, Rollouts
 from common.sampler import Rollout
 from common.settings import Setup
 from common.tasks import take
+from common.teacher import kl_by_place
 from common.verifiers import Verdict
 from kernels.head import Divergence, token_stats
 
@@ -344,30 +345,15 @@ def divergence_metrics(policy, method: ModuleType, settings, batch: Batch, promp
         stats = token_stats(
             *student, micro.targets, *teacher, divergence=divergence, temperature=settings.temperature
         )
+        for place, values in kl_by_place(stats.kl, micro, rollouts.tokenizer).items():
+            total[place.removeprefix("kl/")] += values.sum().item()
         for row, kl in micro.split(stats.kl).items():
-            places = token_places(batch.responses[row], rollouts.tokenizer)
-            for place, value in zip(places, kl.tolist()):
-                total[place] += value
             right = batch.rewards.flatten()[row].item() == 1
             by_verdict[right] += kl.sum().item()
             tokens += len(kl)
     whole = sum(total.values())
     share = {f"kl_on_{place}": value / whole for place, value in total.items()}
     return {"kl": whole / tokens, **share, "kl_on_right": by_verdict[True] / whole}
-
-
-def token_places(ids: list[int], tokenizer) -> list[str]:
-    """Where each token of a response stands: first, format (no letter, no digit) or elsewhere."""
-    places = []
-    for position, token in enumerate(ids):
-        text = tokenizer.decode([token])
-        if position == 0:
-            places.append("first")
-        elif not any(character.isalnum() for character in text) or token in tokenizer.all_special_ids:
-            places.append("format")
-        else:
-            places.append("elsewhere")
-    return places
 
 
 def verdict(teacher: dict) -> str:

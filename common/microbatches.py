@@ -93,7 +93,8 @@ def micro_batches(prompts: Ids, responses: Ids, kept: Tensor | None, setup: Setu
     """Sort rollouts by length and group them into micro-batches.
 
     kept: a mask over the rollouts, [Q, G] or flat; None keeps all.
-    setup: `token_budget`, the padded tokens of a micro-batch at most, and `share_prompts`.
+    setup: `token_budget`, the padded tokens of a micro-batch at most, and `share_prompts`, with
+    which prompts and responses are padded apart: at worst to twice as many.
     A row longer than the budget gets a micro-batch of its own. Every rank gets the same number of
     micro-batches, so that FSDP's collectives match: ranks with fewer split some of theirs or add
     empty ones. A collective.

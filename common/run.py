@@ -234,8 +234,8 @@ class Run:
             self.peak_gib()
         now = time.perf_counter()
         self.times[self.current] = self.times.get(self.current, 0.0) + now - self.since
-        WORK.end(self.current)
         self.current, self.since = name, now
+        WORK.phase = name
 
     def collect(self, metrics: dict[str, Tensor | list]) -> None:
         """Keep values for the next log, which averages over all of them."""

@@ -61,7 +61,8 @@ def kl_by_place(kl: Tensor, micro: Micro, tokenizer,
     """
     if kept is None:
         kept = torch.ones_like(micro.targets, dtype=torch.bool)
-    form = format_tokens(tokenizer).to(kl.device)[micro.targets]
+    table = format_tokens(tokenizer, kl.device)
+    form = table[micro.targets.clamp(max=len(table) - 1)]  # a padded head has more entries
     first = micro.first
     return {
         "kl/first": kl[kept & first],
@@ -71,11 +72,13 @@ def kl_by_place(kl: Tensor, micro: Micro, tokenizer,
 
 
 @functools.cache
-def format_tokens(tokenizer) -> Tensor:
-    """[V] True for a token whose text has no letter and no digit."""
+def format_tokens(tokenizer, device: torch.device) -> Tensor:
+    """[V + 1] True for a token whose text has no letter, no digit and no part of a character, and
+    for what is beyond the vocabulary."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     special = set(tokenizer.all_special_ids)
     rows = []
     for token, text in enumerate(texts):
-        rows.append(token in special or not any(map(str.isalnum, text)))
-    return torch.tensor(rows)
+        says = any(map(str.isalnum, text)) or "\ufffd" in text
+        rows.append(token in special or not says)
+    return torch.tensor([*rows, True], device=device)

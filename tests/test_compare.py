@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import compare
+from benchmarks import compare, lead, printed
 from common.settings import parse
 
 REAL = {"smollm2": 384, "qwen": 512}  # grid → rollouts
@@ -72,3 +72,20 @@ def test_a_figure_has_the_evaluations_and_nothing_between_them():
     xs, ys = compare.evaluations(runs, "tokens")
     assert xs.tolist() == [0, 520, 625, 720] and ys == pytest.approx(np.array([[0.2, 0.4, 0.6, 0.8], [0.4, 0.6, 0.9, 0.8]]))
     assert compare.evaluations(runs[:1], "rollouts")[0].tolist() == [0, 64, 96]
+
+
+def test_lead_and_gain_are_means_over_the_seeds_of_methods_that_have_a_teacher(tmp_path):
+    teacher = [{"lead": 0.2, "pass": [0.3, 0.9, 0.8]}, {"lead": 0.4, "pass": [0.3, 0.4]}]
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain" / "runs.json").write_text(json.dumps({"runs": {
+        "HSD": teacher, "GRPO": [{"lead": None, "pass": [0.3, 0.9]}], "stopped": []}}))
+    point, = lead.points(tmp_path)
+    assert (point["grid"], point["method"]) == ("chain", "HSD")
+    assert [point[k] for k in ("lead", "gain", "least", "most")] == pytest.approx([0.3, 0.3, 0.1, 0.5])
+
+
+def test_a_printed_run_keeps_evaluations_as_they_are_and_means_of_ten_steps_of_the_rest():
+    rows = [{"step": step, "entropy": float(step)} for step in range(20)]
+    rows[0]["heldout/pass@1"], rows[10]["heldout/pass@1"] = 0.4, 0.6
+    found = printed.curves([*rows, {"step": 20, "heldout/pass@1": 0.5}])
+    assert found == {"heldout/pass@1": [[0, 0.4], [10, 0.6], [20, 0.5]], "entropy": [[9, 4.5], [19, 14.5]]}

@@ -19,8 +19,8 @@ METHOD_TOKENS, SDZERO_TOKENS = 3000, 4500
 ROOMS = {  # place → its files, and their tokens at most
     "common/": (["run", "settings", "checkpoints", "log", "rollouts", "policy", "microbatches", "sampler"], 16_750),
     "common/, the report": (["report"], 900),
-    "common/, what a teacher is worth": (["teacher"], 550),
-    "common/, what is computed": (["work"], 700),
+    "common/, what a teacher is worth": (["teacher"], 580),
+    "common/, what is computed": (["work"], 770),
     "common/, checks of checkpoints": (["chat", "architecture"], 4_500),
     "common/, the sum of the memory": (["memory"], 2_300),
     "kernels/": (["head", "divergence", "rows_torch", "rows_triton", "reference"], 10_000),

@@ -211,8 +211,10 @@ def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):
 
 def test_the_divergence_is_split_by_what_a_token_says(one_process):
     tokenizer = load_tokenizer(CHAIN)
-    texts = ["12+3=15; #### 15", "a", "\n\n; B"]
+    texts = ["12+3=15; #### 15", "a", "\n\n; 漢"]  # the last in bytes
+    beyond = len(tokenizer) + 7  # an entry of a padded head
     responses = [tokenizer.encode(text) + [tokenizer.eos_token_id] for text in texts]
+    responses[1].append(beyond)
     micro = padded_right([[5]] * 3, responses, [2, 0, 1], CPU)
     kl = torch.arange(len(micro.targets)) + 1.0
     kept = kl != 2
@@ -223,7 +225,7 @@ def test_the_divergence_is_split_by_what_a_token_says(one_process):
         for position, token in enumerate(responses[row]):
             value = next(values)
             word = tokenizer.decode([token], skip_special_tokens=True)
-            place = "elsewhere" if any(c.isalnum() for c in word) else "format"
+            place = "elsewhere" if any(c.isalnum() or c == "\ufffd" for c in word) else "format"
             if value != 2:
                 expected["kl/first" if position == 0 else f"kl/{place}"].append(value)
     assert {name: part.tolist() for name, part in found.items()} == expected

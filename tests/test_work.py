@@ -18,8 +18,9 @@ PROMPT, RESPONSE = list(range(5, 25)), list(range(30, 41))
 
 @pytest.fixture
 def counted(monkeypatch):
-    monkeypatch.setattr(WORK, "since", 0.0)
-    return WORK
+    monkeypatch.setattr(WORK, "phase", "update")
+    monkeypatch.setattr(WORK, "flops", {"update": 0.0})
+    return WORK.flops
 
 
 def products(counter: FlopCounterMode) -> tuple[float, float]:
@@ -42,15 +43,15 @@ def test_the_flops_are_those_of_the_matrix_products(rank, counted, one_process):
     if rank == 0:
         assert micro.tokens * policy.cost.token == layers
     assert micro.pairs * policy.cost.pair == pytest.approx(attention * (length + 1) / (2 * length))
-    assert counted.since == micro.tokens * policy.cost.token + micro.pairs * policy.cost.pair
-    counted.since = 0.0
+    assert counted["update"] == micro.tokens * policy.cost.token + micro.pairs * policy.cost.pair
+    counted["update"] = 0.0
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         total, _ = policy(micro, lambda stats, _: stats.kl, None, seen)
         total.backward()
     whole, _ = products(counter)
     passes = 1 + policy.cost.backward
     head = (passes + 1) * len(micro.targets) * 2 * 525 * 128  # in threads, which torch's counter does not see
-    mine = counted.since - head - passes * micro.pairs * policy.cost.pair
+    mine = counted["update"] - head - passes * micro.pairs * policy.cost.pair
     assert mine == pytest.approx(whole, rel=0.15 if rank else 1e-9)  # the adapters themselves do not count
 
 
@@ -66,20 +67,22 @@ def test_shared_prompts_are_read_once(counted, one_process):
         seen += 4 * (len(PROMPT) + t + 1)
     assert micro.pairs == seen
     policy.read(micro)
-    assert counted.since == micro.tokens * policy.cost.token + micro.pairs * policy.cost.pair
+    assert counted["update"] == micro.tokens * policy.cost.token + micro.pairs * policy.cost.pair
 
 
 def test_a_report_is_of_each_phase_and_begins_anew(monkeypatch):
     work = Work()
     cost = cost_of(load_model())
     micro = SimpleNamespace(tokens=30, padded=40, pairs=0, targets=range(10))
+    work.read(micro, cost)  # in no phase
+    work.phase = "score"
     with torch.no_grad():
         work.read(micro, cost)
-        work.end("score")
+    work.phase = "update"
     work.read(micro, cost)
     work.head(micro, cost, 1)
-    work.end("update")
-    work.end("sync")
+    work.phase = "sync"
+    work.head(micro, cost, 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     row = work.report({"score": 2.0, "update": 4.0, "sync": 1.0}, torch.device("cuda"))
     tera = {"score": 30 * cost.token / 2, "update": (3 * 30 * cost.token + 4 * 10 * cost.entry) / 4}
@@ -110,7 +113,8 @@ def test_of_fused_experts_those_that_a_token_goes_through_count():
             self.experts = torch.nn.Parameter(torch.zeros(8, 6, 4))
             self.dense = torch.nn.Linear(4, 4)
             self.embed, self.head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False)
-            text = SimpleNamespace(num_experts_per_tok=2, num_attention_heads=2, hidden_size=4, num_hidden_layers=3)
+            text = SimpleNamespace(top_k_experts=2, n_head=2, hidden_size=4, num_hidden_layers=3, head_dim=[2, 4],
+                                   attribute_map={"num_attention_heads": "n_head"})
             self.config = SimpleNamespace(get_text_config=lambda: text)
             self.get_input_embeddings, self.get_output_embeddings = lambda: self.embed, lambda: self.head
 
