@@ -470,7 +470,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.plot(right["mean"], place, "o", color=color)
     student = rows[0]["right"]
     axis.axvline(student["mean"], color="tab:gray", linewidth=0.8, linestyle=":")
-    axis.set_yticks(range(len(rows)), [" ".join((r["wording"], r["shown"])).strip() for r in reversed(rows)])
+    axis.set_yticks(range(len(rows)), [": ".join((r["wording"], r["shown"])).strip(": ") for r in reversed(rows)])
     axis.set(xlim=(-0.02, 1.02), xlabel="pass@1 of one answer, 95 % interval over questions")
     figure.savefig(path, dpi=120)
     plt.close(figure)
