@@ -65,7 +65,7 @@ class Args(sdpo.Args):
 
 DEMO = sdpo.DEMO | dict(
     task="chain:14", group_size=16, batch_size=1, max_tokens=192, seeds=1, budget=512,
-    setup=Setup(checkpointing=False, sampler_rows=128, heldout=128),
+    setup=Setup(checkpointing=False, sampler_rows=128, heldout=192),
 )
 
 

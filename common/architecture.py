@@ -31,6 +31,7 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
+from transformers.integrations import sdpa_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import check_hub, require
@@ -49,6 +50,21 @@ RECURRENT = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
+
+HEADS_SHARE_KEYS = sdpa_attention.use_gqa_in_sdpa
+
+
+def heads_share_keys(mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
+    """Whether SDPA gets keys and values once for all query heads that share them.
+
+    transformers copies them for each head if there is a mask; on a CPU torch needs no copies.
+    """
+    if key.device.type == "cpu":
+        mask = None
+    return HEADS_SHARE_KEYS(mask, key, value)
+
+
+sdpa_attention.use_gqa_in_sdpa = heads_share_keys
 
 
 def read_by_first_rank(path: str, checkpointing: bool, share_prompts: bool) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
 )
+from transformers.integrations import sdpa_attention
 
 import grpo
 from common import architecture
@@ -402,6 +403,29 @@ def test_adapters_that_nothing_merges_do_not_pass(tmp_path, one_process):
     policy.reshard = lambda: None
     with pytest.raises(ValueError, match=r"not merged: .*experts"):
         dict(full_weights(policy))
+
+
+def test_query_heads_share_keys_without_copies(monkeypatch):
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_pretrained(CHAIN, dtype=torch.float32)
+    ids = torch.randint(1, 500, (3, 12))
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[1, :4] = 0
+
+    def logits_and_gradient():
+        logits = lm(input_ids=ids, attention_mask=mask).logits[:, -4:]
+        weight = lm.model.layers[0].self_attn.k_proj.weight
+        (grad,) = torch.autograd.grad(logits.square().mean(), weight)
+        return logits.detach(), grad
+
+    never = lambda *_: pytest.fail("keys were copied for the query heads that share them")
+    with monkeypatch.context() as patch:
+        patch.setattr(sdpa_attention, "repeat_kv", never)
+        found = logits_and_gradient()
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *_: False)
+    copied = logits_and_gradient()
+    torch.testing.assert_close(found, copied, rtol=1e-5, atol=1e-6)
+    assert all(x.abs().max() > 0 for x in found)
 
 
 def test_checkpointing_drops_nothing_out(tmp_path, one_process):
