@@ -141,7 +141,8 @@ METHODS |= {
 
 # A real model on two digits times one: 512 rollouts
 PRODUCTS = ["--demo", "--task", "jsonl:benchmarks/products.jsonl", "--instruction",
-            "Work briefly and finish with the final answer in \\boxed{}.", "--heldout", "48", "--max_tokens", "48", "--lora_rank", "16"]
+            "Work briefly and finish with the final answer in \\boxed{}.", "--heldout", "48", "--max_tokens", "48", "--lora_rank", "16",
+            "--token_budget", "2048"]
 MEDIUM = [*PRODUCTS, "--batch_size", "8", "--group_size", "8", "--steps", "8", "--eval_every", "4", "--eval_samples", "1"]
 METHODS |= {
     "GRPO (0.5B)": Method(["grpo.py", *MEDIUM]),
@@ -372,7 +373,7 @@ def main(args: Args) -> None:
 def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], commands: dict[str, str], grid: Grid,
           stopped: list[str]) -> str:
     seeds = len(grid.seeds)
-    spread = f"Means over {seeds} seeds, ± half the 95 % interval" if seeds > 2 else "Each of the two seeds"
+    spread = f"Means over {seeds} seeds, ± half the 95 % interval" if seeds > 2 else ("One seed", "Each of the two seeds")[seeds - 1]
     lines = [f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. {spread}; pass@k at the end, of "
              f"{grid.samples} samples a held-out problem; best: the highest evaluation of a run.", "",
              "| method | learning rate | pass@1 | pass@8 | best | rollouts to 60 % | to 80 % | rollouts | sampled tokens | "

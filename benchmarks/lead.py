@@ -1,11 +1,12 @@
-"""Does the teacher's lead predict the gain? One point per method and model, from the comparisons' runs.
+"""Does the teacher's lead predict the gain? One point per method and model.
 
-    python benchmarks/lead.py        # after benchmarks/compare.py; reads results/compare/*/runs.json
+    python benchmarks/lead.py        # after benchmarks/compare.py, or demos.py and teacher.py
 
-Lead: how much more often the teacher is right than the student on the same questions, in step 0
-(`teacher/lead`; of SD-Zero, its revisions against its first attempts). Gain: held-out
-pass@1 of the last evaluation less that of the first, without hints. Writes results/compare/lead.json,
-lead.md and lead.png.
+Lead: how much more often the teacher is right than the student on the same questions, before
+training. In the comparisons it is step 0's `teacher/lead` (of SD-Zero, its revisions against its
+first attempts), for the demos what benchmarks/teacher.py measured. Gain: held-out pass@1 of the
+last evaluation less that of the first, without hints. Reads results/compare/*/runs.json,
+results/demo and results/teacher. Writes results/compare/lead.json, lead.md and lead.png.
 """
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {  # grid → its model and task
-    "chain": "embedded model, sums",
+    "demo": "embedded model, sums: the demos",
+    "chain": "embedded model, sums: the comparison",
     "smollm2": "SmolLM2-135M, the larger of two numbers",
     "qwen": "Qwen2.5-Coder-0.5B, products",
 }
@@ -36,17 +38,36 @@ def points(folder: Path) -> list[dict]:
         for method, runs in json.loads(path.read_text())["runs"].items():
             if not runs or any(run.get("lead") is None for run in runs):
                 continue
-            gains = [run["pass"][-1] - run["pass"][0] for run in runs]
-            found.append({
-                "grid": grid, "method": method, "lead": np.mean([run["lead"] for run in runs]),
-                "gain": np.mean(gains), "least": min(gains), "most": max(gains),
-            })
+            lead = np.mean([run["lead"] for run in runs])
+            found.append(point(grid, method, lead, [run["pass"] for run in runs]))
     return found
+
+
+def points_of_demos(results: Path) -> list[dict]:
+    """The same of the demos. A file with several kinds of hints has the mean lead of all answers."""
+    found = []
+    for file, method in (("rlsd", "RLSD"), ("sdpo", "SDPO"), ("hsd", "HSD"), ("sdzero", "SD-Zero")):
+        measured = json.loads((results / "teacher" / f"{file}-chain-chain" / "summary.json").read_text())
+        hinted = [row for row in measured["rows"] if "lead" in row]
+        leads, counts = [row["lead"]["mean"] for row in hinted], [row["answers"] for row in hinted]
+        runs = json.loads((results / "demo" / f"{file}.json").read_text())["runs"]
+        scores = [[value for _, value in run["heldout"]] for run in runs]
+        found.append(point("demo", method, np.average(leads, weights=counts), scores))
+    return found
+
+
+def point(grid: str, method: str, lead: float, scores: list[list[float]]) -> dict:
+    """scores: held-out pass@1 of each evaluation, by seed."""
+    gains = [row[-1] - row[0] for row in scores]
+    return {
+        "grid": grid, "method": method, "lead": float(lead), "gain": float(np.mean(gains)),
+        "least": min(gains), "most": max(gains),
+    }
 
 
 def main() -> None:
     out = ROOT / "results" / "compare"
-    found = points(out)
+    found = points_of_demos(ROOT / "results") + points(out)
     (out / "lead.json").write_text(json.dumps(found, indent=1) + "\n")
     lines = ["| model and task | method | teacher's lead | gain, lowest and highest seed |", "|---|---|---|---|"]
     for p in sorted(found, key=lambda p: (p["grid"], -p["lead"])):
@@ -67,7 +88,7 @@ def draw(found: list[dict], path: Path) -> None:
             continue
         x, y = [p["lead"] for p in mine], [p["gain"] for p in mine]
         bars = [[p["gain"] - p["least"] for p in mine], [p["most"] - p["gain"] for p in mine]]
-        axis.errorbar(x, y, bars, fmt="osD"[i], color=f"C{i}", capsize=2, label=title)
+        axis.errorbar(x, y, bars, fmt="^osD"[i], color=f"C{i}", capsize=2, label=title)
         for p in mine:
             name = p["method"].partition(" (1")[0].partition(" (0")[0]
             axis.annotate(
@@ -75,8 +96,9 @@ def draw(found: list[dict], path: Path) -> None:
             )
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.axvline(0, color="gray", linewidth=0.8)
+    axis.margins(0.12)
     axis.set(
-        xlabel="teacher's lead in step 0: right more often than the student by",
+        xlabel="teacher's lead before training: right more often than the student by",
         ylabel="gain in held-out pass@1, without hints",
     )
     axis.grid(alpha=0.3)

@@ -31,7 +31,7 @@ import sdzero  # noqa: E402
 from common import require  # noqa: E402
 from common.chat import chat_ids, load_tokenizer  # noqa: E402
 from common.microbatches import micro_batches  # noqa: E402
-from common.policy import Policy, full_weights, load_policy  # noqa: E402
+from common.policy import Policy, full_weights, load_policy, local  # noqa: E402
 from common.sampler import HFSampler  # noqa: E402
 from common.settings import Setup  # noqa: E402
 from common.tasks import load_task  # noqa: E402
@@ -207,7 +207,7 @@ def reviser(run: Path, model: str, device: torch.device) -> Policy:
     require(own.keys() >= state.keys(), f"{run} was trained with LoRA: its reviser is not read here")
     with torch.no_grad():
         for name, weight in state.items():
-            own[name].to_local().copy_(weight)
+            local(own[name]).copy_(weight)
     return policy
 
 

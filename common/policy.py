@@ -115,6 +115,9 @@ class Policy(nn.Module):
     def body(self, **inputs) -> Tensor:
         return self.lm.base_model(**inputs).last_hidden_state.flatten(0, 1)
 
+    def reshard(self) -> None:
+        """Free gathered weights, if FSDP shards this policy: then this is FSDP's method."""
+
 
 @torch.no_grad()
 def score(model: Policy | Adapters | None, prompts: Ids, responses: Ids, setup: Setup,
@@ -204,18 +207,23 @@ def shard(policy: Policy, device: torch.device, mesh: DeviceMesh, whole_of: Call
     whole_of(name, tensor, device): the whole parameter or buffer, on the device. A unit is there
     as a whole on every rank until it is sharded.
     """
+    policy.mesh = mesh
+    unsharded = stays_whole(mesh, device)
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # the loss's inputs stay in fp32
     if device.type == "cuda":
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     for prefix, unit in reversed(list(policy.named_modules())):  # the policy itself comes last
-        if unit is not policy and type(unit).__name__ not in policy.lm._no_split_modules:
-            continue  # not a decoder layer
+        is_layer = type(unit).__name__ in policy.lm._no_split_modules
+        if unit is not policy and (unsharded or not is_layer):
+            continue
         for name, p in unit.named_parameters(prefix):
             if not isinstance(p, DTensor):
                 found = nn.Parameter(whole_of(name, p, mesh.device_type), p.requires_grad)
                 torch.utils.swap_tensors(p, found)  # tied weights stay tied
+        if unsharded:
+            continue
         fully_shard(unit, mesh=mesh, mp_policy=precision)
         # losses are normalised over all ranks: add gradients up
         unit.set_force_sum_reduction_for_comms(True)
@@ -224,6 +232,12 @@ def shard(policy: Policy, device: torch.device, mesh: DeviceMesh, whole_of: Call
         found = whole_of(name, buffer, mesh.device_type)
         torch.utils.swap_tensors(buffer, found.detach())  # a collective may still hold `found`
     return policy
+
+
+def stays_whole(mesh: DeviceMesh, device: torch.device) -> bool:
+    """True for a single process on a CPU, which has nothing to shard or to cast. FSDP would copy
+    its weights before each forward and backward."""
+    return mesh.size() == 1 and device.type == "cpu"
 
 
 @torch.no_grad()
@@ -275,7 +289,7 @@ class Adapters(nn.Module):
     def swap(self) -> None:
         self.reshard()
         for mine, theirs in zip(self.own, trained_parameters(self.policy)):
-            mine, theirs = mine.to_local(), theirs.to_local()
+            mine, theirs = local(mine), local(theirs)
             held = mine.clone()
             mine.copy_(theirs)
             theirs.copy_(held)
@@ -294,8 +308,7 @@ def frozen_copy(policy: Policy, device: torch.device) -> Policy | Adapters:
     policy.reshard()
     tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
     copy = Policy(without_weights(policy.lm.config))
-    mesh = next(policy.parameters()).device_mesh
-    shard(copy, device, mesh, lambda name, *_: whole(tensors[name]).clone())
+    shard(copy, device, policy.mesh, lambda name, *_: whole(tensors[name]).clone())
     return copy.requires_grad_(False)
 
 
@@ -307,7 +320,7 @@ def ema_update(teacher: Policy | Adapters, student: Policy | Adapters, rate: flo
     """
     teacher.reshard()
     for mine, theirs in zip(trained_parameters(teacher), trained_parameters(student)):
-        mine.to_local().lerp_(theirs.to_local(), rate)
+        local(mine).lerp_(local(theirs), rate)
 
 
 def trained_parameters(model: Policy | Adapters) -> list[nn.Parameter]:
@@ -338,10 +351,7 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, lr: float,
     A gradient that is not finite, on any rank, makes no step. Nor does a gradient of 0: if nothing
     had a signal, old moments and weight decay do not change the weights.
     """
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    norm = norm.item()
+    norm = whole(nn.utils.clip_grad_norm_(policy.parameters(), max_norm)).item()
     finite = math.isfinite(norm)
     if finite and norm > 0:
         for group in optimizer.param_groups:
@@ -451,6 +461,11 @@ def whole(x: Tensor) -> Tensor:
     if isinstance(x, DTensor):
         x = x.full_tensor()
     return x.detach()
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's shard."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def save_model(model: Policy, folder: Path, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Samplers: token ids in, token ids and log-probabilities out.
 
 Two engines with one interface: `HFSampler` decodes with the model's own Hugging Face code,
-`VLLMSampler` with a vLLM engine inside this process. Each holds its own copy of the weights, which
-`load` replaces after every update. Every rollout has its own stream of random numbers, a pure
+`VLLMSampler` with a vLLM engine inside this process. Each has the weights that `load` gave it after
+the last update. Every rollout has its own stream of random numbers, a pure
 function of the seed, the question's key and the sample's number. So what is sampled does not depend
 on how the work is batched or split over ranks, and a resumed run needs no generator state.
 """
@@ -160,10 +160,15 @@ class HFSampler:
         self.context = context_length(lm.config)
 
     def load(self, weights: Weights) -> None:
-        """Take new weights and buffers, given as (Hugging Face name, tensor)."""
+        """Take new weights and buffers, given as (Hugging Face name, tensor).
+
+        Tensors of this sampler's dtype and device are not copied: a policy that is not sharded
+        shares its weights with it.
+        """
         mine = state_of(self.lm)
         for name, tensor in weights:
-            mine.pop(name).copy_(tensor)
+            held = mine.pop(name)
+            held.data = tensor.to(held)
         if mine:
             raise ValueError(f"no new weights for {sorted(mine)}")
 

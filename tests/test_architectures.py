@@ -37,6 +37,7 @@ from common.policy import (
     save_model,
     score,
     trained_parameters,
+    whole,
 )
 from common.sampler import HFSampler
 from common.settings import Setup, parse
@@ -222,7 +223,7 @@ class Case:
             total.backward()
             for row, logp in zip(m.rows, stats.logp.split(m.lengths)):
                 found[row] = logp
-        grads = [p.grad.full_tensor() for p in trained_parameters(policy) if p.grad is not None]
+        grads = [whole(p.grad) for p in trained_parameters(policy) if p.grad is not None]
         return torch.cat(found), grads
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import CHAIN
 
 from benchmarks import discovery as bench
+from common.policy import local
 from common.rollouts import Group
 from common.settings import parse
 from common.tasks import Problem
@@ -93,9 +94,9 @@ def test_a_trial_begins_with_the_start(tmp_path, monkeypatch):
 
     def reset(learner) -> None:
         real(learner)
-        start = [p.to_local() for p in learner.start.parameters()]
+        start = [local(p) for p in learner.start.parameters()]
         for model in (learner.policy, learner.slow):
-            assert all(torch.equal(p.to_local(), s) for p, s in zip(model.parameters(), start))
+            assert all(torch.equal(local(p), s) for p, s in zip(model.parameters(), start))
         assert not learner.optimizer.state
         state.append("reset")
 

@@ -8,7 +8,7 @@ from conftest import CHAIN
 from ranks import finish, launch
 
 from common.chat import chat_ids, load_tokenizer
-from common.policy import load_policy
+from common.policy import load_policy, local, whole
 from common.rollouts import first_sync
 from common.sampler import HFSampler
 from common.settings import Setup
@@ -23,7 +23,7 @@ def moved_policy():
     torch.manual_seed(0)
     policy = load_policy(CHAIN, CPU, Setup())
     for p in policy.parameters():
-        p.to_local().add_(0.02 * torch.randn_like(p.to_local()))
+        local(p).add_(0.02 * torch.randn_like(local(p)))
     return policy
 
 
@@ -32,7 +32,7 @@ def test_a_sampler_that_takes_the_weights_is_let_through(one_process):
     sampler, policy = HFSampler(CHAIN, tokenizer, CPU), moved_policy()
     first_sync(sampler, policy, chat_ids(tokenizer, CHAT))
     mine = dict(sampler.lm.named_parameters())
-    assert all(torch.equal(mine[name], p.full_tensor()) for name, p in policy.lm.named_parameters())
+    assert all(torch.equal(mine[name], whole(p)) for name, p in policy.lm.named_parameters())
 
 
 def test_a_sampler_that_skips_weights_in_silence_ends_the_run(one_process, monkeypatch):

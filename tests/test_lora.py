@@ -25,6 +25,7 @@ from common.policy import (
     optimizer_step,
     score,
     trained_parameters,
+    whole,
 )
 from common.settings import Setup
 from kernels import head as head_module
@@ -67,9 +68,9 @@ def test_at_the_start_it_is_the_base(lora):
 
 def test_training_moves_the_adapters_of_every_linear_layer_and_nothing_else(lora):
     policy, optimizer = lora
-    before = {n: p.full_tensor().clone() for n, p in policy.named_parameters()}
+    before = {n: whole(p).clone() for n, p in policy.named_parameters()}
     train(policy, optimizer, *rollouts(), steps=2)
-    still = {n for n, p in policy.named_parameters() if torch.equal(p.full_tensor(), before[n])}
+    still = {n for n, p in policy.named_parameters() if torch.equal(whole(p), before[n])}
     assert still == {n for n in before if ".lora_" not in n}
     layers = {n.partition(".lora_")[0] for n in before if ".lora_" in n}
     linear = {n for n, m in AutoModelForCausalLM.from_pretrained(CHAIN).named_modules()
@@ -125,7 +126,7 @@ def test_reading_a_teacher_leaves_the_students_gradient_as_it_is(lora):
         total, stats = policy(micro, lambda stats, _: stats.kl, None, [other.read(micro)])
         total.backward()
         assert stats.kl.mean() > 1e-4
-        found.append([p.grad.full_tensor() for p in trained_parameters(policy)])
+        found.append([whole(p.grad) for p in trained_parameters(policy)])
         policy.zero_grad()
     for one, two in zip(*found):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
@@ -152,7 +153,7 @@ def test_a_moving_teacher_is_adapters_that_follow_the_policys(rate, lora):
     """An EMA of A and of B, by hand in float64; its merged weights are what it reads with."""
     policy, optimizer = lora
     teacher = frozen_copy(policy, CPU)
-    values = lambda model: [p.full_tensor().double() for p in trained_parameters(model)]
+    values = lambda model: [whole(p).double() for p in trained_parameters(model)]
     by_hand = values(policy)
 
     def follow():
@@ -187,7 +188,9 @@ def gradient(prompts: list, responses: list, out: str) -> None:
     torch.manual_seed(1)
     for p in trained_parameters(policy):  # B is not 0, so that A has a gradient
         noise = 0.05 * torch.randn(p.shape)
-        p.data.add_(distribute_tensor(noise, p.device_mesh, p.placements))
+        if world > 1:
+            noise = distribute_tensor(noise, p.device_mesh, p.placements)
+        p.data.add_(noise)
     prompts, responses = prompts[rank::world], responses[rank::world]
     base = score(reference, prompts, responses, at_most(1000))
     for m in micro_batches(prompts, responses, None, at_most(60 * world), CPU):
@@ -195,7 +198,7 @@ def gradient(prompts: list, responses: list, out: str) -> None:
         total.backward()
     logp = torch.cat(base).sum().double()
     dist.all_reduce(logp)
-    found = {n: p.grad.full_tensor() for n, p in policy.named_parameters() if p.grad is not None}
+    found = {n: whole(p.grad) for n, p in policy.named_parameters() if p.grad is not None}
     if rank == 0:
         torch.save((logp, found), out)
 

@@ -16,7 +16,7 @@ import grpo
 from common import TIMEOUT, checkpoints
 from common.chat import load_tokenizer
 from common.microbatches import micro_batches
-from common.policy import ema_update, full_weights, load_policy, optimizer_step
+from common.policy import ema_update, full_weights, load_policy, optimizer_step, whole
 from common.settings import Setup, parse
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def hybrid(folder: str) -> None:
             for micro in micro_batches(prompts[: len(responses)], responses, kept, at_most(4), CPU):
                 total, _ = policy(micro, lambda stats, _: (1 + rank) * stats.logp)
                 total.backward()
-            grads = {n: p.grad.full_tensor().clone() for n, p in policy.named_parameters()}
+            grads = {n: whole(p.grad).clone() for n, p in policy.named_parameters()}
             metrics = optimizer_step(policy, optimizer, 1e-4, 1.0)
             seen.append((grads, metrics["grad_norm"][0]))
         (a, norm_a), (b, norm_b) = seen
@@ -170,7 +170,7 @@ def hybrid(folder: str) -> None:
     assert checkpoints.load(place, again, optimizer, teachers[1]) == trainer
     assert all(torch.equal(w, one[n]) for n, w in full_weights(again))
     assert all(torch.equal(w, half[n]) for n, w in full_weights(teachers[1]))
-    moments = [[s["exp_avg"].full_tensor() for s in o.state.values()] for o in (optimizers[0], optimizer)]
+    moments = [[whole(s["exp_avg"]) for s in o.state.values()] for o in (optimizers[0], optimizer)]
     assert moments[0] and all(torch.equal(m, n) for m, n in zip(*moments))
     dist.destroy_process_group()
 

@@ -14,7 +14,7 @@ from test_recipes import many, problems, processes, vllm
 
 from common import memory, rollouts
 from common.architecture import empty_lm
-from common.policy import Policy, add_adapters, frozen_copy, load_policy, make_optimizer
+from common.policy import Policy, add_adapters, frozen_copy, load_policy, local, make_optimizer
 from common.settings import Setup, parse
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -40,7 +40,7 @@ def test_weights_gradients_moments_and_a_teacher_are_what_a_run_keeps(rank, one_
         add_adapters(Policy(lm), rank, 32.0)
     load = memory.Load(64, 64, 1, 1, True, True, device="cpu")
     count = memory.count(lm, load, (0, 0))
-    assert sum(t.to_local().nbytes for t in kept) == count.weights + count.copies
+    assert sum(local(t).nbytes for t in kept) == count.weights + count.copies
 
 
 def by_hand(width: int, inner: int, q: int, kv: int, heads: int) -> int:

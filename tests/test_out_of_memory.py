@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 import grpo
-from common import checkpoints
+from common import checkpoints, policy
 from common.rollouts import Rollouts
 from common.run import last_words, out_of_memory
 from common.sampler import HFSampler
@@ -94,12 +94,13 @@ GATHERS = {"hsd": [], "sdpo": [], "sdzero": ["--phase", "sd", "--sd_questions", 
 @pytest.mark.parametrize("name", GATHERS)
 def test_a_teacher_gives_back_what_it_gathered_before_the_next_rollouts(name, tmp_path, monkeypatch):
     """FSDP2 leaves embeddings and head whole after a forward without gradient: 2.3 GiB of an 8B."""
+    monkeypatch.setattr(policy, "stays_whole", lambda *_: False)
     module, sync, made, seen = importlib.import_module(name), Rollouts.sync, [], []
     copy = module.frozen_copy
 
-    def spy(self, policy):
+    def spy(self, student):
         seen.append([isinstance(p, DTensor) for p in made[0].parameters()])
-        sync(self, policy)
+        sync(self, student)
 
     monkeypatch.setattr(module, "frozen_copy", lambda *args: made.append(copy(*args)) or made[-1])
     monkeypatch.setattr(Rollouts, "sync", spy)

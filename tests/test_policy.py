@@ -1,6 +1,7 @@
 """The training forward: packing, positions, splits over micro-batches and ranks, and agreement with the sampler."""
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,25 @@ from conftest import CHAIN, at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import finish, launch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import grpo
+from common import policy as policy_module
 from common.chat import chat_ids, load_tokenizer
 from common.microbatches import micro_batches
-from common.policy import full_weights, load_policy, optimizer_step, score, trained_parameters
+from common.policy import (
+    ema_update,
+    frozen_copy,
+    full_weights,
+    load_policy,
+    local,
+    make_optimizer,
+    optimizer_step,
+    score,
+    trained_parameters,
+    whole,
+)
 from common.sampler import HFSampler
 from common.settings import Setup
 from common.tasks import load_task
@@ -152,7 +166,7 @@ def gradient(data: dict, budget: int, share: bool, out: str) -> None:
             total, _ = policy(m, loss, inputs, per_response=name == "gspo")
             total.backward()
         for parameter, p in policy.named_parameters():
-            found[name, parameter] = p.grad.full_tensor()
+            found[name, parameter] = whole(p.grad)
             p.grad = None
     if rank == 0:
         torch.save((len(micros), found), out)
@@ -209,7 +223,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass_and_gives_the_same_gradi
         policy = load_policy(CHAIN, CPU, Setup(checkpointing=checkpointing, lora_rank=rank))
         with torch.no_grad():
             for i, p in enumerate(trained_parameters(policy)):
-                p.to_local().add_(0.01 * (i % 2))  # under LoRA no longer the base
+                local(p).add_(0.01 * (i % 2))  # under LoRA no longer the base
         micro, = micro_batches(prompts, responses, None, at_most(10**6), CPU)
         saved = {}
 
@@ -221,10 +235,40 @@ def test_checkpointing_keeps_less_for_the_backward_pass_and_gives_the_same_gradi
             total, _ = policy(micro, log_likelihood)
         kept.append(sum(saved.values()))
         total.backward()
-        gradients.append([p.grad.full_tensor() for p in trained_parameters(policy)])
+        gradients.append([whole(p.grad) for p in trained_parameters(policy)])
     assert kept[1] < 0.5 * kept[0], kept
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_policy_that_stays_whole_computes_what_a_sharded_one_does(rank, one_process, monkeypatch):
+    """One process on a CPU leaves FSDP out: the same step, to the bit."""
+    _, rollouts = some_rollouts(4)
+    prompts, responses = [o.prompt_ids for o in rollouts], [o.response_ids for o in rollouts]
+    weights = []
+    for whole_model in (True, False):
+        monkeypatch.setattr(policy_module, "stays_whole", lambda *_, answer=whole_model: answer)
+        policy = load_policy(CHAIN, CPU, Setup(checkpointing=False, lora_rank=rank))
+        assert all(isinstance(p, DTensor) != whole_model for p in policy.parameters())
+        teacher = frozen_copy(policy, CPU)
+        optimizer = make_optimizer(policy, SimpleNamespace(lr=1e-2, weight_decay=0.0))
+        micro, = micro_batches(prompts, responses, None, at_most(10**6), CPU)
+        for _ in range(2):
+            total, _ = policy(micro, lambda stats, _: stats.kl - stats.logp, None, [teacher.read(micro)])
+            total.backward()
+            optimizer_step(policy, optimizer, 1e-2, 1.0)
+            ema_update(teacher, policy, 0.1)
+        weights.append([w.clone() for model in (policy, teacher) for _, w in full_weights(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_the_sampler_copies_no_weight_of_a_policy_that_is_whole(one_process):
+    policy = load_policy(CHAIN, CPU, Setup())
+    sampler = HFSampler(CHAIN, load_tokenizer(CHAIN), CPU, blank=True)
+    sampler.load(full_weights(policy))
+    places = {w.data_ptr() for _, w in full_weights(policy)}
+    assert {p.data_ptr() for p in sampler.lm.parameters()} <= places
 
 
 def test_a_teacher_and_a_student_may_share_prompts(one_process):
@@ -245,7 +289,7 @@ def test_a_teacher_and_a_student_may_share_prompts(one_process):
             seen = [policy.read(micro)]
             total, stats = policy(student, lambda stats, _: stats.kl, None, seen)
             total.backward()
-            grads = {name: p.grad.full_tensor() for name, p in policy.named_parameters()}
+            grads = {name: whole(p.grad) for name, p in policy.named_parameters()}
             found.append((stats.kl, micro.rows, grads))
         (kl, rows, grads), (shared_kl, shared_rows, shared_grads) = found
         assert rows == shared_rows

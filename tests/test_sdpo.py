@@ -13,7 +13,7 @@ from test_run import assert_same_run, metrics, teacher_gaps
 
 import sdpo
 from common.chat import as_text, chat_ids, load_tokenizer
-from common.policy import ema_update, full_weights, load_policy
+from common.policy import ema_update, full_weights, load_policy, local
 from common.rollouts import Batch, Group
 from common.sampler import Rollout
 from common.settings import Setup, parse
@@ -217,7 +217,7 @@ def test_an_average_moves_by_one_percent_of_the_student_in_fp32(one_process):
     before = {n: w.clone() for n, w in full_weights(teacher)}
     with torch.no_grad():
         for p in student.parameters():
-            p.to_local().add_(2e-4)
+            local(p).add_(2e-4)
     ema_update(teacher, student, 0.01)
     for n, w in full_weights(teacher):
         assert w.dtype == torch.float32
