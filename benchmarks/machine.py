@@ -6,7 +6,7 @@ the machine's own fp32 matrix product in the same run.
         --flags "--model SMOLLM2 --lora_rank 16 --batch_size 4"      # other flags of the files
 
 The parts are timed from outside: this script wraps the functions that do them and runs the file's
-own main() in this process. Model FLOPs are those of common/work.py: padding and recomputation do
+own main() in this process. "Teacher" is all that is read without a gradient. Model FLOPs are those of common/work.py: padding and recomputation do
 not count. The machine's product is measured before and after, at two sizes: 1,024 × 1,024
 matrices, and 2,048 tokens at the model's widths, which its layers can hardly exceed. The first two
 steps are a warm-up. Writes results/machine/NAME.json, NAME.md and NAME.png.
@@ -91,8 +91,8 @@ def watched(clock: Clock, method, model: str):
     """Wrap what the parts are made of; undo it at the end."""
     sampling = cost_of(empty_lm(model))
     decode, draw = HFSampler.logits, sampler_module.draw
-    states, read, count_head = Policy.hidden_states, Policy.read, WORK.head
-    log = Run.log
+    states, count_head, log = Policy.hidden_states, WORK.head, Run.log
+    head_loss, token_stats = policy_module.head_loss, policy_module.token_stats
 
     def logits(sampler, ids, positions, reading):
         held = reading.mask.sum(1).double()  # [B] tokens of each row, those of this call included
@@ -113,9 +113,17 @@ def watched(clock: Clock, method, model: str):
         return clock.timed("student", states)(policy, micro)
 
     def head(micro, cost, teachers):
-        passes = 1 + cost.backward * torch.is_grad_enabled()
-        clock.flops["head"] += len(micro.targets) * cost.entry * (passes + teachers)
+        entries = len(micro.targets) * cost.entry
+        if torch.is_grad_enabled():
+            clock.flops["head"] += entries * (1 + cost.backward + teachers)
+        else:
+            clock.flops["teacher"] += entries
         count_head(micro, cost, teachers)
+
+    def stats(*args, **named):  # without gradient it is a part of scoring
+        if torch.is_grad_enabled():
+            return clock.timed("head", token_stats)(*args, **named)
+        return token_stats(*args, **named)
 
     def end_step(run, *args, **named):
         clock.end_step()
@@ -125,9 +133,10 @@ def watched(clock: Clock, method, model: str):
         (HFSampler, "logits", logits),
         (sampler_module, "draw", clock.timed("sample: draw", draw)),
         (Policy, "hidden_states", hidden_states),
-        (Policy, "read", clock.timed("teacher", read)),
-        (policy_module, "head_loss", clock.timed("head", policy_module.head_loss)),
-        (policy_module, "token_stats", clock.timed("head", policy_module.token_stats)),
+        (Policy, "read", clock.timed("teacher", Policy.read)),
+        (Policy, "stats", clock.timed("teacher", Policy.stats)),
+        (policy_module, "head_loss", clock.timed("head", head_loss)),
+        (policy_module, "token_stats", stats),
         (torch.Tensor, "backward", clock.timed("backward", torch.Tensor.backward)),
         (method, "optimizer_step", clock.timed("optimizer", method.optimizer_step)),
         (WORK, "head", head),

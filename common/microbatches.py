@@ -94,7 +94,7 @@ def micro_batches(prompts: Ids, responses: Ids, kept: Tensor | None, setup: Setu
 
     kept: a mask over the rollouts, [Q, G] or flat; None keeps all.
     setup: `token_budget`, the padded tokens of a micro-batch at most, and `share_prompts`, with
-    which prompts and responses are padded apart: at worst to twice as many.
+    which prompts and responses are padded apart.
     A row longer than the budget gets a micro-batch of its own. Every rank gets the same number of
     micro-batches, so that FSDP's collectives match: ranks with fewer split some of theirs or add
     empty ones. A collective.
@@ -107,17 +107,20 @@ def micro_batches(prompts: Ids, responses: Ids, kept: Tensor | None, setup: Setu
         rows = kept.flatten().nonzero().flatten().tolist()
     rows.sort(key=lambda row: -sizes[row])
     bins: list[list[int]] = []
-    width = 0  # of the last bin: its first row is the longest
+    longest = 0  # of the last bin: its first row
     for row in rows:
         size = sizes[row]
-        similar = size >= (1 - MOST_PADDING) * width
+        similar = size >= (1 - MOST_PADDING) * longest
         if bins and similar:
-            padded_tokens = (len(bins[-1]) + 1) * width
-            if padded_tokens <= setup.token_budget:
+            wider = [*bins[-1], row]
+            width = longest
+            if setup.share_prompts:
+                width = max(len(prompts[i]) for i in wider) + max(len(responses[i]) for i in wider)
+            if len(wider) * width <= setup.token_budget:
                 bins[-1].append(row)
                 continue
         bins.append([row])
-        width = size
+        longest = size
     split_evenly(bins)
     make = shared_prompts if setup.share_prompts else padded_right
     return [make(prompts, responses, part, device) for part in bins]

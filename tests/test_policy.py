@@ -104,6 +104,21 @@ def test_micro_batches_hold_each_token_once_within_the_budget(sizes, budget):
         dist.destroy_process_group()
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), max_size=20), st.integers(1, 200))
+@settings(deadline=None, max_examples=50)
+def test_shared_prompts_stay_within_the_budget_too(rows, budget):
+    """Four prompts of very different lengths: one may be padded to another's, and so may the responses."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        asked = [[7] * length for length in (1, 9, 20, 40)]
+        prompts, responses = [asked[i] for i, _ in rows], [[5] * n for _, n in rows]
+        micros = micro_batches(prompts, responses, None, at_most(budget, True), CPU)
+        assert all(m.padded <= budget or len(m.rows) <= 1 for m in micros)
+        assert sorted(row for m in micros for row in m.rows) == list(range(len(rows)))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_end_token_is_trained_and_truncation_comes_from_the_finish_reason(one_process):
     sampler, rollouts = some_rollouts(6, max_tokens=64)
     stopped = [o for o in rollouts if not o.truncated]
