@@ -272,7 +272,7 @@ def peak(args: Args, flags: list[str]) -> float:
 
 
 def arithmetic(model: str, rank: int) -> int:
-    """Bytes of weights, gradient, moments, teacher and the sampler's copy, all in fp32."""
+    """Bytes of weights, gradient, moments, teacher and what the sampler owns, all in fp32."""
     lm = empty_lm(model)
     if rank:
         add_adapters(Policy(lm), rank, 32.0)
@@ -302,7 +302,7 @@ def main(args: Args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1))
     lines = [f"`{result['command']}`, commit {result['commit']}, {result['hardware']}. {parameters / 1e6:.0f}M parameters "
-             f"in fp32, with a frozen teacher and the sampler's copy. Code and libraries alone: {float(bare):.2f} GiB. Each run: "
+             f"in fp32, with a frozen teacher. Code and libraries alone: {float(bare):.2f} GiB. Each run: "
              f"`{result['runs']}` and the flags of its row.", "",
              "| setting | flags | peak resident memory, GiB (each run) | arithmetic, GiB | peak without arithmetic, code and "
              "libraries |", "|---|---|---|---|---|"]

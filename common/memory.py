@@ -163,10 +163,13 @@ def count(lm: PreTrainedModel, load: Load, kept: tuple[int, int]) -> Count:
     width = w if adapters else 4  # of a frozen weight
     copied = whole.trained if adapters else whole.all  # of a LoRA policy's teacher the adapters
     own = load.teacher and load.copies > 0 and not adapters  # the teacher has embeddings of its own
+    gathers, owned = True, whole.all  # by the sampler
+    if load.device == "cpu" and shards == 1:  # policy.stays_whole: the sampler shares its weights
+        gathers, owned = False, adapters * sum(u.all - u.trained for u in units)
     # embeddings and head stay whole; so do two layers, the second gathered ahead, from a buffer of
     # its size. A layer's gradient is there in bf16, and in fp32 while the ranks share it out.
-    whole_root = w * root.all * (1 + own)
-    layers = 3 * w * unit.all + (w + 4) * unit.trained
+    whole_root = gathers * w * root.all * (1 + own)
+    layers = gathers * (3 * w * unit.all + (w + 4) * unit.trained)
     hidden = w * load.tokens * head.shape[1]
     seen = hidden * load.teacher * max(1, load.copies)
     after, most = kept
@@ -175,11 +178,11 @@ def count(lm: PreTrainedModel, load: Load, kept: tuple[int, int]) -> Count:
     return Count(
         weights=(12 * whole.trained + width * frozen) // shards + gradient,
         copies=4 * load.copies * copied // shards,
-        sampler=w * whole.all * (load.rows > 0),
+        sampler=w * owned * (load.rows > 0),
         head=whole_root + after + seen + head_bytes(load, *head.shape, head.requires_grad),
         # the hidden states that predict a response, their gradient, and that of all places
         backward=whole_root + most + seen + 3 * hidden + d_head + layers,
-        root=whole_root + (w + 4) * root.trained,
+        root=whole_root + gathers * (w + 4) * root.trained,
         sampling=load.vllm + decoding_bytes(lm, load, len(head)) - gradient,
     )
 
