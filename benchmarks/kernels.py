@@ -3,7 +3,8 @@
     python benchmarks/kernels.py speed      # minutes; on a GPU if there is one, else on the CPU at a smaller size
     python benchmarks/kernels.py ladder     # errors from large to tiny divergences, bf16
     python benchmarks/kernels.py top_k      # errors of top-K gradients from fat to thin tails
-    python benchmarks/kernels.py draw       # tables and figures of the results of the other three
+    python benchmarks/kernels.py profile    # where the time of a KL with a frozen head goes, by operator; CPU
+    python benchmarks/kernels.py draw       # tables and figures of the results of the others
 
 Writes results/kernels/. Rivals that are installed take part: TRL (>= 1.16), liger-kernel (>= 0.8.5), and PyTorch's own
 full logits, torch.compile and F.linear_cross_entropy. Times are taken in rounds: each contender runs once per round, next to
@@ -563,10 +564,37 @@ def device() -> str:
     return f"{model[0].split(':')[1].strip()}, {os.cpu_count()} cores"
 
 
+KINDS = {  # of operators
+    "matrix products": ("addmm", "mm"), "exponentials and logarithms": ("exp", "expm1", "log", "log1p", "xlogy"),
+    "bounds": ("clamp",), "sums and maxima": ("sum", "amax", "argmax"),
+    "other arithmetic": ("mul", "sub", "add", "div", "addcmul", "neg"),
+}
+
+
+def profile(args: argparse.Namespace) -> None:
+    """The self time of the operators of `head_loss` with a frozen head, one thread."""
+    from torch.profiler import ProfilerActivity
+
+    torch.set_num_threads(1)
+    p = problem(args.tokens or 2048, args.vocabulary or 49_152, (args.width or [576])[0], torch.float32, "KL, frozen head")
+    this_head_loss(p).backward()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as seen:
+        this_head_loss(p).backward()
+    seconds = dict.fromkeys([*KINDS, "the rest: views, allocation, Python"], 0.0)
+    for event in seen.key_averages():
+        operator = event.key.removeprefix("aten::").rstrip("_")
+        kind = next((kind for kind, names in KINDS.items() if operator in names), list(seconds)[-1])
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    products = seconds["matrix products"]
+    shares = {kind: round(value / products, 3) for kind, value in seconds.items()}
+    write(args, "profile", {"seconds": seconds, "over the products": shares})
+    print(shares)
+
+
 def draw(args: argparse.Namespace) -> None:
     for path in sorted(args.out.glob("*.json")):
         numbers = json.loads(path.read_text())
-        if path.name.startswith(("topk-training", "top_k_before")):
+        if path.name.startswith(("topk-training", "top_k_before", "profile")):
             continue
         if path.name.startswith("speed"):
             lines = speed_table(numbers)
@@ -646,7 +674,7 @@ def ladder_figure(numbers: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "ladder", "top_k", "draw"])
+    parser.add_argument("what", choices=["speed", "ladder", "top_k", "profile", "draw"])
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--width", type=int, nargs="+")
@@ -655,4 +683,4 @@ if __name__ == "__main__":
     parser.add_argument("--name", default="top_k", help="top_k: of the file it writes")
     parser.add_argument("--to_stdout", action="store_true", help="ladder: print JSON instead of writing it")
     arguments = parser.parse_args()
-    {"speed": speed, "ladder": ladder, "top_k": top_k, "draw": draw}[arguments.what](arguments)
+    {"speed": speed, "ladder": ladder, "top_k": top_k, "profile": profile, "draw": draw}[arguments.what](arguments)

@@ -3,6 +3,7 @@
 
     git worktree add /tmp/before COMMIT
     python benchmarks/turns.py --other /tmp/before
+    python benchmarks/turns.py --other . --other_flags=--no-share_prompts --name share-prompts   # what a flag costs
 
 Each file's --demo runs for `steps` steps in each checkout, one after the other, `rounds` times. The first two steps of
 a run (warm-up) do not count. Writes results/turns/NAME.json: seconds per step of each round and the ratio of medians.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,11 +35,12 @@ class Args:
     steps: int = 10  # steps of a run, the two warm-up steps included
     rounds: int = 3  # runs of each checkout, in turns
     threads: int = 1  # CPU threads
+    other_flags: str = ""  # more flags of the other's runs
 
 
-def seconds_per_step(root: Path, file: str, seed: int, args: Args) -> list[float]:
+def seconds_per_step(root: Path, file: str, flags: str, seed: int, args: Args) -> list[float]:
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, f"{file}.py", "--demo", "--seed", str(seed), "--out", out, "--name", "run",
+        command = [sys.executable, f"{file}.py", "--demo", *shlex.split(flags), "--seed", str(seed), "--out", out, "--name", "run",
                    "--eval_every", "1000000", "--save_every", "1000000"]
         if file == "sdzero":
             command += ["--phase", "sd", "--sd_questions", str(64 * args.steps)]
@@ -62,8 +65,8 @@ def main(args: Args) -> None:
     for file in args.files:
         seconds = {"other": [], "this": []}
         for seed in range(args.rounds):
-            for side, root in (("other", args.other), ("this", ROOT)):
-                seconds[side].append(statistics.median(seconds_per_step(root, file, seed, args)))
+            for side, root, flags in (("other", args.other, args.other_flags), ("this", ROOT, "")):
+                seconds[side].append(statistics.median(seconds_per_step(root, file, flags, seed, args)))
         ratio = statistics.median(seconds["this"]) / statistics.median(seconds["other"])
         found[file] = {"seconds per step": seconds, "this / other": round(ratio, 3)}
         print(f"{file}: {seconds} → {ratio:.3f}", flush=True)
