@@ -163,9 +163,11 @@ def count(lm: PreTrainedModel, load: Load, kept: tuple[int, int]) -> Count:
     width = w if adapters else 4  # of a frozen weight
     copied = whole.trained if adapters else whole.all  # of a LoRA policy's teacher the adapters
     own = load.teacher and load.copies > 0 and not adapters  # the teacher has embeddings of its own
-    gathers, owned = True, whole.all  # by the sampler
-    if load.device == "cpu" and shards == 1:  # policy.stays_whole: the sampler shares its weights
-        gathers, owned = False, adapters * sum(u.all - u.trained for u in units)
+    gathers = True
+    owned = whole.all  # by the sampler
+    if load.device == "cpu" and shards == 1:  # policy.stays_whole
+        gathers = False
+        owned = adapters * sum(u.all - u.trained for u in units)  # merged; the sampler shares the rest
     # embeddings and head stay whole; so do two layers, the second gathered ahead, from a buffer of
     # its size. A layer's gradient is there in bf16, and in fp32 while the ranks share it out.
     whole_root = gathers * w * root.all * (1 + own)

@@ -2,9 +2,9 @@
 
 Two engines with one interface: `HFSampler` decodes with the model's own Hugging Face code,
 `VLLMSampler` with a vLLM engine inside this process. Each has the weights that `load` gave it after
-the last update. Every rollout has its own stream of random numbers, a pure
-function of the seed, the question's key and the sample's number. So what is sampled does not depend
-on how the work is batched or split over ranks, and a resumed run needs no generator state.
+the last update. Every rollout has its own stream of random numbers, a pure function of the seed,
+the question's key and the sample's number. So what is sampled does not depend on how the work is
+batched or split over ranks, and a resumed run needs no generator state.
 """
 from __future__ import annotations
 
