@@ -167,7 +167,7 @@ def count(lm: PreTrainedModel, load: Load, kept: tuple[int, int]) -> Count:
     owned = whole.all  # by the sampler
     if load.device == "cpu" and shards == 1:  # policy.stays_whole
         gathers = False
-        owned = adapters * sum(u.all - u.trained for u in units)  # merged; the sampler shares the rest
+        owned = adapters * sum(u.all - u.trained for u in units)  # merged; the rest is shared
     # embeddings and head stay whole; so do two layers, the second gathered ahead, from a buffer of
     # its size. A layer's gradient is there in bf16, and in fp32 while the ranks share it out.
     whole_root = gathers * w * root.all * (1 + own)
