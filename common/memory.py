@@ -40,6 +40,7 @@ class Load(NamedTuple):
     vllm: int = 0  # bytes that vLLM holds while it samples
     tensor_parallel: int = 1  # processes that share vLLM's weights and cache
     device: str = "cuda"
+    world: int = 1  # processes, on all machines
 
     @property
     def width(self) -> int:
@@ -92,7 +93,7 @@ def plan(args, lm: PreTrainedModel, rollouts, world: int, copies: int) -> str:
         tokens=min(max(setup.token_budget, longest), mine * longest), longest=longest,
         shards=shards, copies=copies, teacher=hasattr(args, "kl"),
         checkpointing=setup.checkpointing, rows=rows, sampled=int(rollouts.sampled), vllm=vllm,
-        tensor_parallel=setup.tensor_parallel, device=device,
+        tensor_parallel=setup.tensor_parallel, device=device, world=world,
     )
     return report(lm, load, gpu)
 
@@ -165,7 +166,7 @@ def count(lm: PreTrainedModel, load: Load, kept: tuple[int, int]) -> Count:
     own = load.teacher and load.copies > 0 and not adapters  # the teacher has embeddings of its own
     gathers = True
     owned = whole.all  # by the sampler
-    if load.device == "cpu" and shards == 1:  # policy.stays_whole
+    if load.device == "cpu" and load.world == 1:  # policy.stays_whole
         gathers = False
         owned = adapters * sum(u.all - u.trained for u in units)  # merged; the rest is shared
     # embeddings and head stay whole; so do two layers, the second gathered ahead, from a buffer of
