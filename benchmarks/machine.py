@@ -6,7 +6,7 @@ the machine's own fp32 matrix product in the same run.
         --flags "--model SMOLLM2 --lora_rank 16 --batch_size 4"      # other flags of the files
 
 The parts are timed from outside: this script wraps the functions that do them and runs the file's
-own main() in this process. "Teacher" is all that is read without a gradient. Model FLOPs are those of common/work.py: padding and recomputation do
+own main() in a process of its own. "Teacher" is all that is read without a gradient. Model FLOPs are those of common/work.py: padding and recomputation do
 not count. The machine's product is measured before and after, at two sizes: 1,024 × 1,024
 matrices, and 2,048 tokens at the model's widths, which its layers can hardly exceed. The first two
 steps are a warm-up. Writes results/machine/NAME.json, NAME.md and NAME.png.
@@ -17,6 +17,7 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +154,7 @@ def watched(clock: Clock, method, model: str):
 
 def measure(file: str, args: Args) -> dict:
     """Seconds and model FLOPs of each part of a step: medians over the steps that count."""
+    torch.set_num_threads(args.threads)
     method, clock = importlib.import_module(file), Clock()
     length = ["--steps", str(args.steps)]
     if file == "sdzero":
@@ -245,7 +248,8 @@ def main(args: Args) -> None:
     model = words[words.index("--model") + 1] if "--model" in words else "assets/chain"
     before, found = products(model), {}
     for file in args.files:
-        found[file] = measure(file, args)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fresh process
+            found[file] = pool.submit(measure, file, args).result()
         print(f"{file}: {sum(found[file]['seconds'].values()):.2f} s per step", flush=True)
     machine = {name: max(rate, before[name]) for name, rate in products(model).items()}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
