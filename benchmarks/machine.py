@@ -147,9 +147,11 @@ def watched(clock: Clock, method, model: str):
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     for owner, name, new in changes:
         setattr(owner, name, new)
-    yield
-    for owner, name, old in kept:
-        setattr(owner, name, old)
+    try:
+        yield
+    finally:
+        for owner, name, old in kept:
+            setattr(owner, name, old)
 
 
 def measure(file: str, args: Args) -> dict:
@@ -243,9 +245,9 @@ def draw(found: dict, path: Path) -> None:
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
-    typed = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
     words = shlex.split(args.flags)
     model = words[words.index("--model") + 1] if "--model" in words else "assets/chain"
+    typed = shlex.join(sys.argv[1:]).replace(model, "MODEL")  # the reader's path is another
     before, found = products(model), {}
     for file in args.files:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fresh process
@@ -254,7 +256,7 @@ def main(args: Args) -> None:
     machine = {name: max(rate, before[name]) for name, rate in products(model).items()}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.threads} thread(s)"
-    command = " ".join(["python benchmarks/machine.py", *typed])
+    command = f"python benchmarks/machine.py {typed}"
     about = {"command": command, "commit": commit.stdout.strip(), "hardware": hardware}
     rates = ", ".join(f"{name}: {rate / 1e9:.0f} GFLOP/s" for name, rate in machine.items())
     said = (f"`{command}`, {hardware}. Seconds per step (median); in brackets the model FLOP/s over the "

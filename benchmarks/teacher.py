@@ -356,27 +356,32 @@ def divergence_metrics(policy, method: ModuleType, settings, batch: Batch, promp
     return {"kl": whole / tokens, **share, "kl_on_right": by_verdict[True] / whole}
 
 
-def verdict(teacher: dict) -> str:
-    """What a row's numbers mean, in words.
+def verdict(teacher: dict, student: dict) -> str:
+    """What a teacher's row means beside the student's, in words.
 
     >>> def row(right, low, lead, high, cut=0.0):
     ...     return {"right": dict(mean=right), "lead": dict(low=low, mean=lead, high=high), "cut_off": cut}
-    >>> verdict(row(0.56, 0.35, 0.43, 0.5))
+    >>> student = {"cut_off": 0.1}
+    >>> verdict(row(0.56, 0.35, 0.43, 0.5), student)
     'the teacher is right 0.56 of the time, the student on the same questions 0.13: there is something to learn'
-    >>> verdict(row(0.03, -0.2, -0.1, 0.02, cut=0.9)).partition(": ")[2]
-    'the teacher is cut off in 0.90 of its answers; raise --max_tokens, or ask for a short answer'
+    >>> verdict(row(0.56, 0.35, 0.43, 0.5, cut=0.4), student).partition(": ")[2]
+    'there is something to learn, but the teacher is cut off in 0.40 of its answers, the student in 0.10: raise --max_tokens, or ask for a short answer'
+    >>> verdict(row(0.03, -0.2, -0.1, 0.02, cut=0.9), student).partition(": ")[2]
+    'the teacher is cut off in 0.90 of its answers, the student in 0.10: raise --max_tokens, or ask for a short answer'
     """
     if "right" not in teacher:
         return "no rollout had this context"
     right, lead = teacher["right"]["mean"], teacher["lead"]
     numbers = f"the teacher is right {right:.2f} of the time, the student on the same questions {right - lead['mean']:.2f}: "
+    too_long = (
+        f"the teacher is cut off in {teacher['cut_off']:.2f} of its answers, the student in "
+        f"{student['cut_off']:.2f}: raise --max_tokens, or ask for a short answer"
+    )
+    talks = teacher["cut_off"] > student["cut_off"] + 0.2  # whoever copies it learns to talk
     if lead["low"] > 0:
-        return numbers + "there is something to learn"
-    if teacher["cut_off"] > 0.5:
-        return numbers + (
-            f"the teacher is cut off in {teacher['cut_off']:.2f} of its answers; raise "
-            "--max_tokens, or ask for a short answer"
-        )
+        return numbers + "there is something to learn" + (f", but {too_long}" if talks else "")
+    if talks:
+        return numbers + too_long
     if lead["high"] < 0:
         return numbers + "the hint harms; change the wording or show something else"
     return numbers + "no difference that so few answers can show; raise --budget"
@@ -421,7 +426,7 @@ def write(folder: Path, args: Args, rows: list[dict], examples: list[str], batch
     """summary.json, table.md, examples.md and figure.png of the rows so far."""
     command = "python benchmarks/teacher.py " + " ".join(hide_paths(sys.argv[1:]))
     for row in rows[1:]:
-        row["verdict"] = verdict(row)
+        row["verdict"] = verdict(row, rows[0])
     summary = {"command": command, "questions": len(batch.groups), "rows": rows, **machine()}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (folder / "table.md").write_text(table(args, rows))

@@ -116,7 +116,7 @@ class Policy(nn.Module):
         return self.lm.base_model(**inputs).last_hidden_state.flatten(0, 1)
 
     def reshard(self) -> None:
-        """Free gathered weights, if FSDP shards this policy: then this is FSDP's method."""
+        """Free the gathered weights; FSDP overrides this if it shards the policy."""
 
 
 @torch.no_grad()
