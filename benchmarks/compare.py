@@ -46,7 +46,7 @@ from sdzero import RESTARTS
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN = ["--demo", "--steps", "40", "--eval_every", "8"]  # 40 × 16 × 8 = 5,120 rollouts
 ZERO = ["--demo", "--eval_every", "10", "--wrong_share", "0.5"]
-HSD = ["hsd.py", *CHAIN, "--beta", "0"]
+HSD = ["hsd.py", *CHAIN, "--beta", "0", "--top_p", "1"]
 
 
 @dataclass
@@ -63,7 +63,7 @@ METHODS = {  # 5,120 rollouts each; other settings are the demo's (the table pri
     "RLSD": Method(["rlsd.py", *CHAIN]),
     "SDPO": Method(["sdpo.py", *CHAIN, "--kl", "jsd"]),
     "SDPO reverse KL": Method(["sdpo.py", *CHAIN, "--kl", "reverse"]),
-    "HSD (live, as printed)": Method([*HSD, "--teacher", "live"]),
+    "HSD live": Method([*HSD, "--teacher", "live"]),
     "HSD frozen": Method([*HSD, "--teacher", "frozen"]),
     "HSD frozen, reverse KL": Method([*HSD, "--teacher", "frozen", "--kl", "reverse"]),
     "OPSD answer": Method([*HSD, "--teacher", "frozen", "--context", "answer"]),
@@ -80,8 +80,7 @@ METHODS = {  # 5,120 rollouts each; other settings are the demo's (the table pri
 }
 FAMILIES = {  # panels of the figures
     "with a verifier's advantage": ("GRPO", "Dr. GRPO", "DAPO, no refill", "RLSD", "GRPO+OPSD"),
-    "learning from a peer or feedback": ("SDPO", "SDPO reverse KL", "HSD (live, as printed)", "HSD frozen",
-                                         "HSD frozen, reverse KL"),
+    "learning from a peer or feedback": ("SDPO", "SDPO reverse KL", "HSD live", "HSD frozen", "HSD frozen, reverse KL"),
     "learning from an answer, a solution, oneself": ("OPSD answer", "OPSD solution", "SDFT", "SD-Zero", "SRT", "SD only",
                                                      "RFT"),
 }
