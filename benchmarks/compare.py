@@ -140,7 +140,7 @@ METHODS |= {
 
 # A real model on two digits times one: 512 rollouts
 PRODUCTS = ["--demo", "--task", "jsonl:benchmarks/products.jsonl", "--instruction",
-            "Work briefly and finish with the final answer in \\boxed{}.", "--heldout", "48", "--max_tokens", "48", "--lora_rank", "16",
+            "Work briefly and finish with the final answer in \\boxed{}.", "--heldout", "48", "--max_tokens", "96", "--lora_rank", "16",
             "--token_budget", "2048"]
 MEDIUM = [*PRODUCTS, "--batch_size", "8", "--group_size", "8", "--steps", "8", "--eval_every", "4", "--eval_samples", "1"]
 METHODS |= {
@@ -149,12 +149,12 @@ METHODS |= {
     "SDPO (0.5B)": Method(["sdpo.py", *MEDIUM, "--kl", "reverse"]),
     "HSD (0.5B)": Method(["hsd.py", *MEDIUM, "--teacher", "frozen", "--beta", "0", "--top_p", "1"]),
     "HSD reverse KL (0.5B)": Method(["hsd.py", *MEDIUM, "--teacher", "frozen", "--beta", "0", "--top_p", "1", "--kl", "reverse"]),
-    "SD-Zero (0.5B)": Method(["sdzero.py", *PRODUCTS, "--srt_questions", "64", "--srt_max_tokens", "48", "--sd_questions", "256",
+    "SD-Zero (0.5B)": Method(["sdzero.py", *PRODUCTS, "--srt_questions", "64", "--srt_max_tokens", "96", "--sd_questions", "256",
                               "--batch_size", "64", "--eval_every", "4", "--eval_samples", "1"]),  # 64 × 4 + 256
     "SD only (0.5B)": Method(["sdzero.py", *PRODUCTS, "--phase", "sd", "--srt_questions", "16", "--sd_questions", "512",
                               "--batch_size", "64", "--eval_every", "4", "--eval_samples", "1"]),
     "RFT (0.5B)": Method(["sdzero.py", *PRODUCTS, "--phase", "srt", "--baseline", "rft", "--srt_questions", "128",
-                          "--srt_max_tokens", "48", "--eval_every", "4", "--eval_samples", "1"], "--srt_lr"),  # 128 × 4
+                          "--srt_max_tokens", "96", "--eval_every", "4", "--eval_samples", "1"], "--srt_lr"),  # 128 × 4
 }
 
 
@@ -177,7 +177,7 @@ GRIDS = {
     "smollm2": Grid({"SmolLM2-135M-Instruct: the larger of two numbers": tuple(m for m in METHODS if "135M" in m)}, (0, 1),
                     (3e-4, 1e-3), (100,), runs="smollm2"),
     "qwen": Grid({"Qwen2.5-Coder-0.5B-Instruct: two digits times one": tuple(m for m in METHODS if "0.5B" in m)}, (0,),
-                 (3e-4,), runs="qwen"),  # one rate, one seed: a run takes half an hour on a core
+                 (1e-4,), runs="qwen"),  # one rate, one seed: a run takes half an hour on a core
 }
 
 
