@@ -203,7 +203,7 @@ def reviser(run: Path, model: str, device: torch.device) -> Policy:
     state = torch.load(file, weights_only=False)["teacher"]
     file.unlink()
     policy = load_policy(model, device, Setup())
-    own = dict(policy.named_parameters())
+    own = dict(policy.named_parameters(remove_duplicate=False))  # tied weights are saved twice
     require(own.keys() >= state.keys(), f"{run} was trained with LoRA: its reviser is not read here")
     with torch.no_grad():
         for name, weight in state.items():

@@ -3,13 +3,16 @@ import re
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from conftest import CHAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sdzero import some_trace
 
 import sdzero
-from benchmarks.revision import KEYWORDS, budget_table, localisation, speaks_of_revision
-from common.settings import flat
+from benchmarks.revision import KEYWORDS, budget_table, localisation, reviser, speaks_of_revision
+from common.policy import frozen_copy, load_policy, local
+from common.settings import Setup, flat
 
 
 def table(text: str) -> dict[str, list[float]]:
@@ -112,3 +115,16 @@ def test_self_localisation_sorts_and_keeps_the_mean(kl):
     assert len(found) == 20 and all(a >= b - 1e-12 for a, b in zip(found, found[1:]))
     if len(kl) % 20 == 0:
         assert sum(found) / 20 == pytest.approx(sum(kl) / len(kl), abs=1e-9)
+
+
+def test_the_reviser_of_a_run_is_the_teacher_of_its_last_checkpoint(one_process, tmp_path):
+    """The embedded model ties its head to its embedding, so a checkpoint names that weight twice."""
+    cpu = torch.device("cpu")
+    teacher = frozen_copy(load_policy(CHAIN, cpu, Setup()), cpu)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            local(p).add_(1.0)
+    folder = tmp_path / "checkpoints" / "step_000001" / "state"
+    dcp.save({"teacher": teacher.state_dict()}, checkpoint_id=folder)
+    found = dict(reviser(tmp_path, CHAIN, cpu).named_parameters())
+    assert all(torch.equal(local(found[name]), local(p)) for name, p in teacher.named_parameters())
