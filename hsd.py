@@ -281,6 +281,8 @@ def main(args: Args) -> None:
 
         # the teacher's prompts
         hinted, has_context, peers = teacher_prompts(batch, rollouts, step, args)
+        if step == 0:
+            run.collect(teacher_answers(rollouts, teacher, policy, batch, hinted, has_context))
         kept = has_context | (args.grpo_mix > 0)
         kept &= (batch.rewards < 1) | (args.train_on == "all")
         weight = token_weights(batch.lengths, kept)
@@ -313,8 +315,6 @@ def main(args: Args) -> None:
         teacher.reshard()  # to be read, its embeddings and head were gathered
 
         rollouts.sync(policy)
-        if step == 0:
-            run.collect(teacher_answers(rollouts, teacher, policy, batch, hinted, has_context))
         run.collect(where_credit_is(batch, has_context, peers, credits))
         run.log(batch, hinted)
     run.finish(rollouts)

@@ -247,13 +247,18 @@ def main(args: Args) -> None:
         A = advantages(batch.rewards, args.std)
         lam = lam_at(step, args)
 
+        # the teacher's prompts
+        hinted = teacher_prompts(batch, rollouts, args) if lam > 0 else None  # else it has no part
+        if hinted and step == 0:
+            everywhere = torch.ones_like(A)
+            run.collect(teacher_answers(rollouts, teacher, policy, batch, hinted, everywhere))
+
         # score
         rollouts.sleep()
-        old_logp = teacher_logp = hinted = None
+        old_logp = teacher_logp = None
         if run.updates > 1:  # with one update, π_old is the policy in the update's own forward
             old_logp = score(policy, batch.prompts, batch.responses, args.setup, args.temperature)
-        if lam > 0:  # otherwise the teacher has no part in the loss
-            hinted = teacher_prompts(batch, rollouts, args)
+        if hinted:
             teacher_logp = score(teacher, hinted, batch.responses, args.setup, args.temperature)
 
         # update
@@ -279,11 +284,7 @@ def main(args: Args) -> None:
             ema_update(teacher, policy, rate=1.0)
 
         rollouts.sync(policy)
-        if step == 0 and lam > 0:
-            everywhere = torch.ones_like(A)
-            run.collect(teacher_answers(rollouts, teacher, policy, batch, hinted, everywhere))
-        leaks = [refers_to_a_reference(rollout.text) for rollout in batch.rollouts]
-        run.collect({"lam": [lam], "leak/rate": leaks})
+        run.collect({"lam": [lam], "leak/rate": leaks(batch)})
         run.log(batch, hinted)
     run.finish(rollouts)
 
@@ -326,6 +327,10 @@ def diagnostics(stats: TokenStats, x: Inputs, lam: float, args: Args) -> dict[st
             "delta/wrong": delta[A < 0],
         }
     return out | mismatch(old_logp, x.sampler_logp, args.tis)
+
+
+def leaks(batch: Batch) -> list[bool]:
+    return [refers_to_a_reference(rollout.text) for rollout in batch.rollouts]
 
 
 def refers_to_a_reference(text: str) -> bool:

@@ -296,6 +296,8 @@ def main(args: Args) -> None:
 
         # the teacher's prompts
         hinted, has_context, shown = teacher_prompts(batch, rollouts, step, args)
+        if step % args.setup.eval_every == 0:
+            run.collect(teacher_answers(rollouts, slow, policy, batch, hinted, has_context))
         kept = has_context | (args.lam > 0)
 
         # score
@@ -328,8 +330,6 @@ def main(args: Args) -> None:
             ema_update(slow, policy, args.teacher_rate)
         slow.reshard()  # to be read, its embeddings and head were gathered
         rollouts.sync(policy)
-        if step % args.setup.eval_every == 0:
-            run.collect(teacher_answers(rollouts, slow, policy, batch, hinted, has_context))
         run.collect({f"context/{kind}": [k == kind for k in shown] for kind in KINDS})
         run.log(batch, hinted)
     run.finish(rollouts)

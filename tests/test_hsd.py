@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from test_run import assert_same_run, metrics, teacher_gaps
 
 import hsd
+import rlsd
+import sdpo
 from common.chat import as_text, chat_ids, load_tokenizer
 from common.rollouts import Batch, Group
 from common.sampler import Rollout
@@ -347,3 +349,17 @@ def test_a_peer_that_does_not_fit_is_left_out():
     rollouts.context_length = len(alone) + 1
     with pytest.raises(SystemExit, match=f"more than the model's context of {len(alone) + 1}: lower --max_tokens"):
         hsd.teacher_prompts(batch, rollouts, 0, args)
+
+
+@pytest.mark.parametrize("method, flags", [(hsd, ["--teacher", "live"]), (sdpo, ["--teacher", "live"]), (rlsd, ["--teacher_every", "1"])],
+                         ids=["hsd", "sdpo", "rlsd"])
+def test_the_teacher_is_asked_before_the_update(method, flags, tmp_path):
+    """After an update at a rate of 0.1 it would answer otherwise than after one at 1e-9."""
+    rows = []
+    for rate in ("0.1", "1e-9"):
+        given = [*SMALL, "--out", str(tmp_path), "--name", rate, "--steps", "1", "--lr", rate, *flags]
+        method.main(parse(method.Args, method.presets, given))
+        rows.append(metrics(tmp_path / rate)[0])
+    names = ("teacher/accuracy", "teacher/lead", "teacher/length", "teacher/frac_truncated")
+    assert [rows[0][name] for name in names] == [rows[1][name] for name in names]
+    assert rows[0]["grad_norm"] > 0
