@@ -46,7 +46,7 @@ from sdzero import RESTARTS
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN = ["--demo", "--steps", "40", "--eval_every", "8"]  # 40 × 16 × 8 = 5,120 rollouts
 ZERO = ["--demo", "--eval_every", "10", "--wrong_share", "0.5"]
-HSD = ["hsd.py", *CHAIN, "--beta", "0", "--top_p", "1"]
+HSD = ["hsd.py", *CHAIN, "--beta", "0"]
 
 
 @dataclass

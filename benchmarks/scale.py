@@ -46,7 +46,7 @@ ROWS = 128  # --sampler_rows of the demo
 
 @dataclass(frozen=True)
 class Size:
-    B: int = 8  # questions per step
+    B: int = 4  # questions per step
     G: int = 8  # responses per question
     T: float = 64  # tokens per response
     V: int = 4096  # vocabulary
@@ -67,7 +67,7 @@ FITTED = [{}, {"G": 32}, {"D": 512}]
 
 @dataclass
 class Args:
-    steps: int = 6  # of each run, the two warm-up steps included
+    steps: int = 5  # of each run, the two warm-up steps included
 
 
 class Flops(NamedTuple):
