@@ -97,6 +97,7 @@ CLAIMS = {
         "Group size, 128 rollouts a step": ("HSD 64 × 2", "HSD 32 × 4", "HSD forward, start", "HSD 8 × 16"),
         "Which peer": ("HSD forward, start", "HSD shortest peer"),
     },
+    "top-p": {"Top-p of the rollouts": ("HSD top-p 0.95", "HSD top-p 1")},
     "breaks": {
         "The tuned rate, and three times": ("GRPO, 3e-4", "GRPO, 1e-3", "SDPO, average (0.05)", "SDPO, 1e-3"),
         "Own success as the hint": ("SDPO, average (0.05)", "SDPO, own success too"),
@@ -113,6 +114,8 @@ METHODS |= {
     "HSD forward, start": METHODS["HSD frozen"], "HSD reverse, start": METHODS["HSD frozen, reverse KL"],
     **{f"HSD {b} × {g}": Method([*HSD, "--teacher", "frozen", "--batch_size", str(b), "--group_size", str(g)])
        for b, g in ((64, 2), (32, 4), (8, 16))},
+    "HSD top-p 0.95": METHODS["HSD frozen"],
+    "HSD top-p 1": Method([*METHODS["HSD frozen"].command, "--top_p", "1"]),
     "HSD shortest peer": Method([*HSD, "--teacher", "frozen", "--peer", "shortest"]),
     **{f"{name} × 4": Method(["grpo.py", *CHAIN, "--loss", flag, "--dynamic_sampling", "0", "--minibatches", "4"], fixed=1e-4)
        for name, flag in (("GRPO", "grpo"), ("DAPO", "dapo"), ("GSPO", "gspo"), ("CISPO", "cispo"))},
