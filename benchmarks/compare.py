@@ -161,6 +161,9 @@ METHODS |= {
 }
 
 
+PHASES = ("collect", "sample", "verify", "score", "update", "sync")  # seconds that count
+DASHES = ("-", (0, (5, 2)), (0, (2.5, 1.5)), (0, (7, 2, 2, 2)), (0, (5, 1.5, 1.5, 1.5, 1.5, 1.5)),
+          (0, (9, 3)), "-")  # of the curves of a panel
 WATCHED = ("frac_truncated", "teacher/accuracy", "teacher/frac_truncated", "revise/pass@1", "clip_frac")  # kept in runs.json, step by step
 
 
@@ -186,27 +189,117 @@ GRIDS = {
 
 @dataclass
 class Args:
-    grid: tyro.conf.Positional[str]
-    """one of GRIDS"""
-    model: str = ""
-    """folder of the model, if the grid needs one"""
-    out: str = "runs/compare"
-    """folder of the runs"""
-    jobs: int = 1
-    """runs at the same time; each gets its share of the CPU's threads"""
-    only: str = ""
-    """methods, joined by semicolons; empty: all"""
+    grid: tyro.conf.Positional[str]  # one of GRIDS
+    model: str = ""  # folder of the model, if the grid needs one
+    out: str = "runs/compare"  # folder of the runs
+    jobs: int = 1  # runs at the same time; each gets its share of the CPU's threads
+    only: str = ""  # methods, joined by semicolons; empty: all
+
+
+@dataclass
+class Job:
+    """One run: a method, its rate and its seed."""
+
+    method: str
+    rate: float
+    seed: int
+
+
+# --------------------------------------------------------------------------------------------------
+# running
+# --------------------------------------------------------------------------------------------------
+def main(args: Args) -> None:
+    grid = GRIDS[args.grid]
+    names = dict.fromkeys(name for members in grid.panels.values() for name in members)
+    chosen = [m for m in names if not args.only or m in args.only.split(";")]
+    rates, search = tuned(chosen, grid, args)
+    run_all([Job(m, rates[m], seed) for seed in grid.seeds for m in chosen], grid.samples, args)
+
+    runs: dict[str, list[dict]] = {m: [] for m in chosen}
+    stopped = []
+    for m in chosen:
+        for seed in grid.seeds:
+            folder = folder_of(Job(m, rates[m], seed), args)
+            if (folder / "error.txt").exists():
+                stopped.append(f"{m}, seed {seed}, stopped: {(folder / 'error.txt').read_text()}")
+            else:
+                runs[m].append({"seed": seed, **result_of(folder, grid.samples)})
+    write(runs, rates, search, stopped, grid, args)
+
+
+def tuned(methods: list[str], grid: Grid, args: Args) -> tuple[dict[str, float], dict]:
+    """Each method's rate with the best final pass@1, the mean over the tuning seeds; and all of
+    these means. With one rate there is nothing to run."""
+    if len(grid.rates) == 1:
+        return {m: METHODS[m].fixed or grid.rates[0] for m in methods}, {}
+    jobs = {(m, rate): [Job(m, rate, seed) for seed in grid.tuning_seeds]
+            for m in methods for rate in grid.rates}
+    run_all([job for some in jobs.values() for job in some], 0, args)
+    search: dict[str, dict[str, float]] = {m: {} for m in methods}
+    for (m, rate), some in jobs.items():
+        final = [progress(folder_of(job, args))["pass"][-1] for job in some]
+        search[m][f"{rate:g}"] = float(np.mean(final))
+    return {m: float(max(found, key=found.get)) for m, found in search.items()}, search
+
+
+def folder_of(job: Job, args: Args) -> Path:
+    base = Path(args.out) / GRIDS[args.grid].runs
+    return base / folder_name(job.method) / f"lr{job.rate:g}-s{job.seed}"
+
+
+def folder_name(method: str) -> str:
+    """One command has one folder, whatever a grid calls it: the first name in METHODS."""
+    command = METHODS[method].command
+    first = next(name for name, other in METHODS.items() if other.command == command)
+    return "".join(c if c.isalnum() else "-" for c in first)
+
+
+def command_of(job: Job, args: Args) -> list[str]:
+    method = METHODS[job.method]
+    model = ["--model", args.model] if args.model else []
+    return [*method.command, *model, method.rate, f"{job.rate:g}", "--seed", str(job.seed)]
+
+
+def run_all(jobs: list[Job], samples: int, args: Args) -> None:
+    """Every job that is not finished, `--jobs` at a time, each in processes of its own."""
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        waiting = []
+        for job in jobs:
+            command, folder = command_of(job, args), folder_of(job, args)
+            waiting.append(pool.submit(run_one, command, folder, threads, samples))
+        for one in waiting:
+            one.result()
+
+
+def run_one(command: list[str], folder: Path, threads: int, samples: int) -> None:
+    """A run and its final evaluation."""
+    torch.set_num_threads(threads)
+    transformers.logging.disable_progress_bar()
+    execute(command, folder, threads)
+    said = f"{folder.parent.name}/{folder.name}"
+    if (folder / "error.txt").exists():
+        print(f"{said}: {(folder / 'error.txt').read_text()}", flush=True)
+        return
+    if samples:
+        pass_at(folder, samples)
+    phase = json.loads((folder / "args.json").read_text()).get("phase")
+    if command[0] == "sdzero.py" and phase != "srt":
+        revision = [sys.executable, "benchmarks/revision.py", str(folder)]
+        subprocess.run(revision, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print(f"{said}: {rows_of(folder)[-1]['heldout/pass@1']:.3f}", flush=True)
 
 
 def execute(command: list[str], folder: Path, threads: int) -> None:
-    """Run a command of a method file into `folder`, unless a finished run is there. If the file itself refuses or stops the
-    run with a line that begins with "error: ", that line is written to error.txt: it is a result."""
+    """Run a command of a method file into `folder`, unless a finished run is there. If the file
+    itself refuses or stops the run with a line that begins with "error: ", that line is written to
+    error.txt: it is a result."""
     if (folder / "curves.png").exists() or (folder / "error.txt").exists():
         return
-    line = [sys.executable, *command, "--out", str(folder.parent), "--name", folder.name, "--resume", "auto", "--save_every",
-            "1000000"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+    line = [sys.executable, *command, "--out", str(folder.parent), "--name", folder.name,
+            "--resume", "auto", "--save_every", "1000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
     said = [row for row in done.stderr.splitlines() if row.startswith("error: ")]
     if done.returncode and said:
         (folder / "error.txt").write_text(said[-1])
@@ -214,38 +307,68 @@ def execute(command: list[str], folder: Path, threads: int) -> None:
         raise RuntimeError(f"{' '.join(line)}\n{done.stderr[-2000:]}")
 
 
+# --------------------------------------------------------------------------------------------------
+# reading a run
+# --------------------------------------------------------------------------------------------------
+def result_of(folder: Path, samples: int) -> dict:
+    """What runs.json keeps of a finished run."""
+    rows = rows_of(folder)
+    last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
+    found = {
+        "lead": lead_of(rows), **progress(folder), **pass_at(folder, samples),
+        "entropy": last.get("entropy"), "peak_gib": max(row["peak_gib"] for row in rows),
+    }
+    for name in WATCHED:
+        values = [row[name] for row in rows if name in row]
+        if values:
+            found[name] = values
+    if (folder / "self_localisation.json").exists():
+        found["self_localisation"] = localised(folder)
+    return found
+
+
 def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def progress(folder: Path) -> dict[str, list[float]]:
-    """Held-out pass@1 against rollouts, sampled tokens and seconds (evaluation left out), for one run."""
+    """Held-out pass@1 against rollouts, sampled tokens and seconds (evaluation left out)."""
     args = json.loads((folder / "args.json").read_text())
-    rollouts = tokens = seconds = 0.0
-    traces = folder / "traces.jsonl"
-    for batch in [json.loads(line) for line in traces.read_text().splitlines() if '"batch"' in line] if traces.exists() else []:
-        rollouts, tokens = rollouts + batch["generations"], tokens + batch["sampled_tokens"]
-    found: dict[str, list[float]] = {"rollouts": [], "tokens": [], "seconds": [], "pass": []}
+    spent = {"rollouts": 0.0, "tokens": 0.0, "seconds": 0.0}
+    for batch in collected(folder):
+        spent["rollouts"] += batch["generations"]
+        spent["tokens"] += batch["sampled_tokens"]
+    found: dict[str, list[float]] = {**{key: [] for key in spent}, "pass": []}
     for i, row in enumerate(rows_of(folder)):
         if "heldout/pass@1" in row:
-            at = (0, 0, 0) if i == 0 else (rollouts, tokens, seconds)  # the start costs nothing
-            for key, value in zip(("rollouts", "tokens", "seconds"), at):
-                found[key].append(value)
+            for key, value in spent.items():
+                found[key].append(value if i > 0 else 0)  # the start costs nothing
             found["pass"].append(row["heldout/pass@1"])
         if "grad_norm" in row:
-            new = row.get("budget/generations", args["batch_size"] * args.get("group_size", 1) if "reward/mean" in row else 0)
-            rollouts += new
-            tokens += row.get("budget/sampled_tokens", new * row.get("length/mean", 0))
-            seconds += sum(row.get(f"time/{k}", 0) for k in ("collect", "sample", "verify", "score", "update", "sync"))
+            group = args["batch_size"] * args.get("group_size", 1) if "reward/mean" in row else 0
+            new = row.get("budget/generations", group)
+            spent["rollouts"] += new
+            spent["tokens"] += row.get("budget/sampled_tokens", new * row.get("length/mean", 0))
+            spent["seconds"] += sum(row.get(f"time/{phase}", 0) for phase in PHASES)
     return found
 
 
-def lead_of(rows: list[dict]) -> float | None:
-    """How much more often the teacher was right than the student, on the same questions, in step 0: of SD-Zero
-    its revisions against the first attempts, in training's first evaluation. None: no teacher answers.
+def collected(folder: Path) -> list[dict]:
+    """What SD-Zero's phase 1 sampled, batch by batch; of another method nothing."""
+    traces = folder / "traces.jsonl"
+    lines = traces.read_text().splitlines() if traces.exists() else []
+    return [json.loads(line) for line in lines if '"batch"' in line]
 
-    >>> lead_of([{"revise/pass@1": 0.75, "heldout/pass@1": 0.5}]), lead_of([{"teacher/lead": 0.5}, {}]), lead_of([{}])
-    (0.25, 0.5, None)
+
+def lead_of(rows: list[dict]) -> float | None:
+    """How much more often the teacher was right than the student, on the same questions, in step 0:
+    of SD-Zero its revisions against the first attempts, in training's first evaluation. None: no
+    teacher answers.
+
+    >>> lead_of([{"revise/pass@1": 0.75, "heldout/pass@1": 0.5}])
+    0.25
+    >>> lead_of([{"teacher/lead": 0.5}, {}]), lead_of([{}])
+    (0.5, None)
     """
     for row in rows:
         if "teacher/lead" in row:
@@ -261,31 +384,82 @@ def first_to(run: dict[str, list[float]], level: float) -> float | None:
 
 
 def pass_at(folder: Path, n: int) -> dict[str, float]:
-    """pass@1 and pass@8 of a run's last checkpoint on the held-out problems, from n samples (unbiased estimator)."""
+    """pass@1 and pass@8 of a run's last checkpoint on the held-out problems, from n samples
+    (unbiased estimator), and the mean length of a response. Kept in pass_at.json."""
     cache = folder / "pass_at.json"
     if cache.exists():
         return json.loads(cache.read_text())
     args = json.loads((folder / "args.json").read_text())
-    path = str(sorted((folder / "checkpoints").glob("step_*"))[-1])
+    path = str(max((folder / "checkpoints").glob("step_*")))
     tokenizer = load_tokenizer(path)
-    problems = load_task(args["task"], heldout=args["heldout"], data_dir=args["data_dir"], instruction=args["instruction"]).heldout
-    sampler, verifier = HFSampler(path, tokenizer, torch.device("cpu")), Verifier(restarts=RESTARTS)
-    groups = sampler.sample([chat_ids(tokenizer, p.messages) for p in problems], n, seed=(999,), keys=range(len(problems)),
+    task = load_task(args["task"], heldout=args["heldout"], data_dir=args["data_dir"],
+                     instruction=args["instruction"])
+    problems = task.heldout
+    prompts = [chat_ids(tokenizer, problem.messages) for problem in problems]
+    sampler = HFSampler(path, tokenizer, torch.device("cpu"))
+    groups = sampler.sample(prompts, n, seed=(999,), keys=range(len(problems)),
                             max_tokens=args["max_tokens"], temperature=args["temperature"])
-    verdicts = verifier([p for p in problems for _ in range(n)], [o.text for g in groups for o in g])
+    rollouts = [rollout for group in groups for rollout in group]
+    verifier = Verifier(restarts=RESTARTS)
+    asked = [problem for problem in problems for _ in range(n)]
+    verdicts = verifier(asked, [rollout.text for rollout in rollouts])
     verifier.close()
     right = [sum(v.reward == 1 for v in verdicts[i * n : i * n + n]) for i in range(len(problems))]
-    found = {"pass@1": sum(right) / n / len(right), "pass@8": sum(1 - comb(n - c, 8) / comb(n, 8) for c in right) / len(right),
-             "length": sum(len(o.response_ids) for g in groups for o in g) / n / len(groups)}
+    among_8 = [1 - comb(n - c, 8) / comb(n, 8) for c in right]
+    found = {"pass@1": sum(right) / len(rollouts), "pass@8": float(np.mean(among_8)),
+             "length": float(np.mean([len(rollout.response_ids) for rollout in rollouts]))}
     cache.write_text(json.dumps(found))
     return found
 
 
 def localised(folder: Path) -> dict[str, list[float]]:
-    """SD-Zero's Fig. 4 in two numbers, of its wrong ("0") and right ("1") responses: the mean KL(student‖teacher) of a token
-    in nats, and the share of a response's KL that lies in the twentieth of its tokens with the largest."""
+    """SD-Zero's Fig. 4 in two numbers, of its wrong ("0") and right ("1") responses: the mean
+    KL(student‖teacher) of a token in nats, and the share of a response's KL that lies in the
+    twentieth of its tokens with the largest."""
     curves = json.loads((folder / "self_localisation.json").read_text())
-    return {r: [float(np.mean(x)), float(np.mean([row[0] / max(sum(row), 1e-12) for row in x]))] for r, x in curves.items() if x}
+    found = {}
+    for reward, rows in curves.items():
+        if rows:
+            share = [row[0] / max(sum(row), 1e-12) for row in rows]
+            found[reward] = [float(np.mean(rows)), float(np.mean(share))]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# writing
+# --------------------------------------------------------------------------------------------------
+def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, stopped: list[str],
+          grid: Grid, args: Args) -> None:
+    out = ROOT / "results" / "compare" / args.grid
+    out.mkdir(parents=True, exist_ok=True)
+
+    def hide(text: str) -> str:  # the reader's paths are others
+        return text.replace(args.model or "\0", "MODEL").replace(args.out, "RUNS")
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                            text=True).stdout.strip()
+    about = {
+        "command": hide("python benchmarks/compare.py " + " ".join(sys.argv[1:])), "commit": commit,
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.jobs} run(s) at a time",
+    }
+    commands = {}
+    for m in runs:
+        words = command_of(Job(m, rates[m], 0), args)
+        commands[m] = hide(shlex.join(words[:-2]))  # without the seed
+    if search:
+        found = {**about, "seeds": grid.tuning_seeds, "final held-out pass@1": search}
+        (out / "search.json").write_text(json.dumps(found, indent=1))
+    result = {**about, "seeds": grid.seeds, "commands": commands, "runs": runs, "stopped": stopped}
+    (out / "runs.json").write_text(json.dumps(result))
+    text = table(about, runs, rates, commands, grid, stopped)
+    (out / "table.md").write_text(text)
+    for axis in ("rollouts", "tokens"):
+        draw(grid.panels, runs, commands, axis, out / f"{axis}.png")
+    for m in runs:
+        figure = folder_of(Job(m, rates[m], grid.seeds[0]), args) / "self_localisation.png"
+        if figure.exists():
+            shutil.copy(figure, out / f"self-localisation-{folder_name(m)}.png")
+    print(text)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -294,163 +468,149 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(t * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def one(command: list[str], folder: Path, threads: int, samples: int) -> None:
-    """A run and its final evaluation; a process of its own."""
-    torch.set_num_threads(threads)
-    transformers.logging.disable_progress_bar()
-    execute(command, folder, threads)
-    if (folder / "error.txt").exists():
-        print(f"{folder.parent.name}/{folder.name}: {(folder / 'error.txt').read_text()}", flush=True)
-        return
-    if samples:
-        pass_at(folder, samples)
-    args = json.loads((folder / "args.json").read_text())
-    if command[0] == "sdzero.py" and args["phase"] != "srt":
-        subprocess.run([sys.executable, "benchmarks/revision.py", str(folder)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    print(f"{folder.parent.name}/{folder.name}: {rows_of(folder)[-1]['heldout/pass@1']:.3f}", flush=True)
+def table(about: dict, runs: dict[str, list[dict]], rates: dict[str, float],
+          commands: dict[str, str], grid: Grid, stopped: list[str]) -> str:
+    spread = f"Means over {len(grid.seeds)} seeds, ± half the 95 % interval"
+    if len(grid.seeds) <= 2:
+        spread = ("One seed", "Each of the two seeds")[len(grid.seeds) - 1]
+    lines = [
+        f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. {spread}; pass@k at "
+        f"the end, of {grid.samples} samples a held-out problem; best: the highest evaluation of a "
+        "run.",
+        "",
+        "| method | learning rate | pass@1 | pass@8 | best | rollouts to 60 % | to 80 % | rollouts "
+        "| sampled tokens | seconds | entropy | length | peak GiB |",
+        "|" + "---|" * 13,
+    ]
+    best_first = sorted(runs, key=lambda m: -mean_of(runs[m], "pass@1"))
+    lines += [row_of(m, runs[m], rates[m], len(grid.seeds)) for m in best_first]
+    lines += table_of_localisation(runs)
+    for row in stopped:
+        lines += ["", row]
+    lines += ["", "Commands:", ""]
+    lines += [f"- {m}: `python {command}`" for m, command in commands.items()]
+    return "\n".join(lines) + "\n"
 
 
-def main(args: Args) -> None:
-    grid = GRIDS[args.grid]
-    names = list(dict.fromkeys(name for members in grid.panels.values() for name in members))
-    chosen = [m for m in names if not args.only or m in args.only.split(";")]
-    base, threads = Path(args.out) / grid.runs, max(1, (os.cpu_count() or 1) // args.jobs)
-    model = ["--model", args.model] if args.model else []
-    first = {tuple(METHODS[m].command): m for m in reversed(METHODS)}  # one command, one folder, whatever a grid calls it
-    name = lambda method: "".join(c if c.isalnum() else "-" for c in first[tuple(METHODS[method].command)])
-    folder = lambda method, rate, seed: base / name(method) / f"lr{rate:g}-s{seed}"
-    command = lambda m, rate, seed: [*METHODS[m].command, *model, METHODS[m].rate, f"{rate:g}", "--seed", str(seed)]
-
-    def many(jobs: list[tuple[str, float, int]], samples: int) -> None:
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            for done in [pool.submit(one, command(*job), folder(*job), threads, samples) for job in jobs]:
-                done.result()
-
-    best, search = {m: METHODS[m].fixed or grid.rates[0] for m in chosen}, {}
-    if len(grid.rates) > 1:
-        many([(m, rate, s) for m in chosen for rate in grid.rates for s in grid.tuning_seeds], 0)
-        search = {m: {f"{rate:g}": float(np.mean([progress(folder(m, rate, s))["pass"][-1] for s in grid.tuning_seeds]))
-                      for rate in grid.rates} for m in chosen}
-        best = {m: float(max(found, key=found.get)) for m, found in search.items()}
-    many([(m, best[m], s) for s in grid.seeds for m in chosen], grid.samples)
-
-    runs: dict[str, list[dict]] = {}
-    stopped: list[str] = []
-    for m in chosen:
-        runs[m] = []
-        for s in grid.seeds:
-            run_folder = folder(m, best[m], s)
-            error, self_localisation = run_folder / "error.txt", run_folder / "self_localisation.json"
-            if error.exists():
-                stopped.append(f"{m}, seed {s}, stopped: {error.read_text()}")
-                continue
-            rows = rows_of(run_folder)
-            last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
-            runs[m].append({"seed": s, "lead": lead_of(rows), **progress(run_folder), **pass_at(run_folder, grid.samples), "entropy": last.get("entropy"),
-                            "peak_gib": max(row["peak_gib"] for row in rows),
-                            **{k: [row[k] for row in rows if k in row] for k in WATCHED if any(k in row for row in rows)},
-                            **({"self_localisation": localised(run_folder)} if self_localisation.exists() else {})})
-    out = ROOT / "results" / "compare" / args.grid
-    out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    hide = lambda text: text.replace(args.model or "\0", "MODEL").replace(args.out, "RUNS")  # the reader's paths are others
-    about = {"command": hide("python benchmarks/compare.py " + " ".join(sys.argv[1:])), "commit": commit,
-             "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.jobs} run(s) at a time"}
-    commands = {m: hide(shlex.join(command(m, best[m], 0)[:-2])) for m in chosen}
-    if search:
-        (out / "search.json").write_text(json.dumps({**about, "seeds": grid.tuning_seeds, "final held-out pass@1": search},
-                                                    indent=1))
-    (out / "runs.json").write_text(json.dumps({**about, "seeds": grid.seeds, "commands": commands, "runs": runs,
-                                               "stopped": stopped}))
-    (out / "table.md").write_text(table(about, runs, best, commands, grid, stopped))
-    for axis in ("rollouts", "tokens"):
-        draw(grid.panels, runs, commands, axis, out / f"{axis}.png")
-    for m in chosen:
-        figure = folder(m, best[m], grid.seeds[0]) / "self_localisation.png"
-        if figure.exists():
-            shutil.copy(figure, out / f"self-localisation-{name(m)}.png")
-    print((out / "table.md").read_text())
+def mean_of(results: list[dict], name: str) -> float:
+    """Over the runs; of a curve its last value."""
+    values = [r[name][-1] if isinstance(r[name], list) else r[name] for r in results]
+    return float(np.mean(values)) if values else float("nan")
 
 
-def table(about: dict, runs: dict[str, list[dict]], best: dict[str, float], commands: dict[str, str], grid: Grid,
-          stopped: list[str]) -> str:
-    seeds = len(grid.seeds)
-    spread = f"Means over {seeds} seeds, ± half the 95 % interval" if seeds > 2 else ("One seed", "Each of the two seeds")[seeds - 1]
-    lines = [f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. {spread}; pass@k at the end, of "
-             f"{grid.samples} samples a held-out problem; best: the highest evaluation of a run.", "",
-             "| method | learning rate | pass@1 | pass@8 | best | rollouts to 60 % | to 80 % | rollouts | sampled tokens | "
-             "seconds | entropy | length | peak GiB |", "|" + "---|" * 13]
-    average = lambda values: float(np.mean(list(values)))
-    for m, results in sorted(runs.items(), key=lambda item: -np.mean([r["pass@1"] for r in item[1]])):
-        cell = lambda values: "–" if any(v is None for v in values) else f"{np.mean(values):.3g}"
-        final = [r["pass@1"] for r in results]
-        shown = "{:.3f} ± {:.3f}".format(*interval(final)) if seeds > 2 else " ".join(f"{x:.3f}" for x in final)
-        reach = []
-        for level in (0.6, 0.8):
-            firsts = [first_to(r, level) for r in results]
-            hit = [f for f in firsts if f is not None]
-            reach.append("never" if not hit else f"{np.mean(hit):,.0f}" + (f" ({len(hit)} of {seeds})" if len(hit) < seeds else ""))
-        lines.append(f"| {m} | {best[m]:g} | {shown} | {average(r['pass@8'] for r in results):.3f} | "
-                     f"{average(max(r['pass']) for r in results):.3f} | {reach[0]} | {reach[1]} | "
-                     f"{average(r['rollouts'][-1] for r in results):,.0f} | {average(r['tokens'][-1] for r in results):,.0f} | "
-                     f"{average(r['seconds'][-1] for r in results):.0f} | {cell([r['entropy'] for r in results])} | "
-                     f"{average(r['length'] for r in results):.1f} | {average(r['peak_gib'] for r in results):.2f} |")
-    measured = {m: [r["self_localisation"] for r in results if "self_localisation" in r] for m, results in runs.items()}
-    if any(measured.values()):
-        lines += ["", "| self-localisation | KL of a wrong token | of a right one | share of the top twentieth, wrong | right |",
-                  "|" + "---|" * 5]
-        lines += [f"| {m} | " + " | ".join(f"{average(x[r][i] for x in found if r in x):.3f}" for i in (0, 1) for r in "01") + " |"
-                  for m, found in measured.items() if found]
-    lines += [part for row in stopped for part in ("", row)]
-    return "\n".join([*lines, "", "Commands:", "", *(f"- {m}: `python {c}`" for m, c in commands.items())]) + "\n"
+def row_of(method: str, results: list[dict], rate: float, seeds: int) -> str:
+    final = [r["pass@1"] for r in results]
+    shown = " ".join(f"{x:.3f}" for x in final)
+    if seeds > 2:
+        shown = "{:.3f} ± {:.3f}".format(*interval(final))
+    best = float(np.mean([max(r["pass"]) for r in results]))
+    entropy = "–"
+    if all(r["entropy"] is not None for r in results):
+        entropy = f"{mean_of(results, 'entropy'):.3g}"
+    cells = [
+        method, f"{rate:g}", shown, f"{mean_of(results, 'pass@8'):.3f}", f"{best:.3f}",
+        reached(results, 0.6, seeds), reached(results, 0.8, seeds),
+        f"{mean_of(results, 'rollouts'):,.0f}", f"{mean_of(results, 'tokens'):,.0f}",
+        f"{mean_of(results, 'seconds'):.0f}", entropy, f"{mean_of(results, 'length'):.1f}",
+        f"{mean_of(results, 'peak_gib'):.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def reached(results: list[dict], level: float, seeds: int) -> str:
+    """Mean rollouts to the first evaluation at `level`, of the seeds that reach it."""
+    hits = [n for n in (first_to(r, level) for r in results) if n is not None]
+    if not hits:
+        return "never"
+    of_seeds = f" ({len(hits)} of {seeds})" if len(hits) < seeds else ""
+    return f"{np.mean(hits):,.0f}{of_seeds}"
+
+
+def table_of_localisation(runs: dict[str, list[dict]]) -> list[str]:
+    lines = []
+    for m, results in runs.items():
+        found = [r["self_localisation"] for r in results if "self_localisation" in r]
+        if found:
+            cells = []
+            for i in (0, 1):
+                for reward in "01":
+                    cells.append(f"{np.mean([x[reward][i] for x in found if reward in x]):.3f}")
+            lines.append(f"| {m} | " + " | ".join(cells) + " |")
+    if not lines:
+        return []
+    heading = ("| self-localisation | KL of a wrong token | of a right one | "
+               "share of the top twentieth, wrong | right |")
+    return ["", heading, "|" + "---|" * 5, *lines]
 
 
 def evaluations(results: list[dict], axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """(x [evaluations], the mean over seeds; pass@1 [seeds, evaluations]). Of several evaluations at the same number of
-    rollouts, as when traces are all sampled before the first update, the last; where a seed has none at a number of rollouts
-    at which another has, on the line between its neighbours."""
+    """(x [evaluations], the mean over seeds; pass@1 [seeds, evaluations]).
+
+    Of several evaluations at the same number of rollouts, as when traces are all sampled before the
+    first update, the last counts. If a seed has none at a number of rollouts at which another has,
+    its value is on the line between its neighbours.
+    """
     last = [{n: (x, p) for n, x, p in zip(r["rollouts"], r[axis], r["pass"])} for r in results]
     at = sorted(n for n in set().union(*last) if n <= min(map(max, last)))
-    xs, ys = ([np.interp(at, list(seed), [point[k] for point in seed.values()]) for seed in last] for k in (0, 1))
+    xs, ys = [], []
+    for seed in last:
+        points = list(seed.values())
+        xs.append(np.interp(at, list(seed), [x for x, _ in points]))
+        ys.append(np.interp(at, list(seed), [p for _, p in points]))
     return np.mean(xs, 0), np.stack(ys)
 
 
-def draw(panels: dict[str, tuple[str, ...]], runs: dict[str, list[dict]], commands: dict[str, str], axis: str, path: Path) -> None:
-    """Held-out pass@1 at each evaluation against rollouts or tokens: mean over seeds, and a band from the lowest to the
-    highest seed. Where traces are all sampled before the first update there is nothing between start and end to draw."""
-    dashes = ["-", (0, (5, 2)), (0, (2.5, 1.5)), (0, (7, 2, 2, 2)), (0, (5, 1.5, 1.5, 1.5, 1.5, 1.5)), (0, (9, 3)), "-"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(10 if len(panels) > 1 else 7, 5.2), layout="constrained", sharey=True,
-                                squeeze=False)
-    seeds, unit = max(map(len, runs.values())), 1000 if axis == "tokens" else 1
+def draw(panels: dict[str, tuple[str, ...]], runs: dict[str, list[dict]], commands: dict[str, str],
+         axis: str, path: Path) -> None:
+    """Held-out pass@1 at each evaluation against rollouts or tokens: mean over seeds, and a band
+    from the lowest to the highest seed."""
+    width = 10 if len(panels) > 1 else 7
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 5.2), layout="constrained",
+                                sharey=True, squeeze=False)
+    seeds = max(map(len, runs.values()))
     notes = [f"markers: mean of {seeds} seeds at an evaluation; band: lowest to highest seed"]
     for panel, (title, members) in zip(axes[0], panels.items()):
         for i, m in enumerate([m for m in members if runs.get(m)]):
-            xs, ys = evaluations(runs[m], axis)
-            xs, mean, low, high = xs / unit, ys.mean(0), ys.min(0), ys.max(0)
-            first, label = 0, m
-            if "sdzero.py" in commands[m] and "--phase sd " not in commands[m]:
-                first = 1
-                notes.append("dotted: all was sampled before the first update; nothing is known in between")
-            if "hsd.py" in commands[m] and "--top_p 1" not in commands[m]:
-                label += " (top-p 0.95)"
-                notes.append("(top-p 0.95): sampled at that, in these evaluations too; unmarked: at 1")
-            if len(ys) < seeds:
-                label += f" ({len(ys)} of {seeds} seeds)"
-            style = {"color": f"C{i}", "marker": "osD^vPX"[i % 7], "markersize": 6.5 - 0.4 * i, "fillstyle": "none"}
-            line = {"linestyle": dashes[i % 7], "linewidth": 2.2 - 0.15 * i}
-            panel.plot(xs[first:], mean[first:], label=label, **style, **(line if len(xs) - first > 1 else {"linestyle": ":"}))
-            panel.fill_between(xs[first:], low[first:], high[first:], color=f"C{i}", alpha=0.13, linewidth=0)
-            if first:
-                panel.plot(xs[:2], mean[:2], linestyle=":", linewidth=1.3, **style)
-                panel.vlines(xs[:2], low[:2], high[:2], color=f"C{i}", alpha=0.5)
+            notes += draw_method(panel, i, m, runs[m], commands[m], axis, seeds)
         panel.set_title(title, fontsize=9.5)
-        panel.set(xlabel="sampled tokens, thousands" if axis == "tokens" else axis, ylim=(-0.02, 1.02))
+        panel.set(xlabel="sampled tokens, thousands" if axis == "tokens" else axis,
+                  ylim=(-0.02, 1.02))
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, handlelength=3.5)
+        panel.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False,
+                     handlelength=3.5)
     axes[0][0].set_ylabel("held-out pass@1")
     figure.suptitle("\n".join(dict.fromkeys(notes)), fontsize=9)
     figure.savefig(path, dpi=160)
     plt.close(figure)
+
+
+def draw_method(panel, i: int, method: str, results: list[dict], command: str, axis: str,
+                seeds: int) -> list[str]:
+    """The curve of the i-th method of a panel; → what the figure's title must say of it."""
+    xs, ys = evaluations(results, axis)
+    if axis == "tokens":
+        xs = xs / 1000
+    mean, low, high = ys.mean(0), ys.min(0), ys.max(0)
+    notes, label, first = [], method, 0
+    if "sdzero.py" in command and "--phase sd " not in command:
+        first = 1
+        notes.append("dotted: all was sampled before the first update; nothing is known in between")
+    if "hsd.py" in command and "--top_p 1" not in command:
+        label += " (top-p 0.95)"
+        notes.append("(top-p 0.95): sampled at that, in these evaluations too; unmarked: at 1")
+    if len(ys) < seeds:
+        label += f" ({len(ys)} of {seeds} seeds)"
+    style = {"color": f"C{i}", "marker": "osD^vPX"[i % 7], "markersize": 6.5 - 0.4 * i,
+             "fillstyle": "none"}
+    line = {"linestyle": DASHES[i % 7], "linewidth": 2.2 - 0.15 * i}
+    if len(xs) - first == 1:
+        line = {"linestyle": ":"}
+    panel.plot(xs[first:], mean[first:], label=label, **style, **line)
+    panel.fill_between(xs[first:], low[first:], high[first:], color=f"C{i}", alpha=0.13, linewidth=0)
+    if first:
+        panel.plot(xs[:2], mean[:2], linestyle=":", linewidth=1.3, **style)
+        panel.vlines(xs[:2], low[:2], high[:2], color=f"C{i}", alpha=0.5)
+    return notes
 
 
 if __name__ == "__main__":
