@@ -38,14 +38,10 @@ PAIRS = 60_000  # of golds of one set, at most
 
 @dataclass
 class Args:
-    data_dir: str
-    """folder with the public sets (SETS in common/tasks/sets.py)"""
-    math_verify: str = ""
-    """folder of Math-Verify's source package, with its tests"""
-    speed: bool = True
-    """time 10,000 responses"""
-    out: str = "results/verifiers/maths.json"
-    """the result file"""
+    data_dir: str  # folder with the public sets (SETS in common/tasks/sets.py)
+    math_verify: str = ""  # folder of Math-Verify's source package, with its tests
+    speed: bool = True  # time 10,000 responses
+    out: str = "results/verifiers/maths.json"  # the result file
 
 
 def golds_of(args: Args) -> dict[str, list[str]]:

@@ -35,16 +35,11 @@ TIMED = ["hsd.py --demo", "sdzero.py --demo"]  # the longest
 
 @dataclass
 class Args:
-    only: str = ""
-    """some of RUNS, joined by commas; empty: the five files"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """seeds of the runs"""
-    jobs: int = 2
-    """runs at the same time"""
-    threads: int = 1
-    """CPU threads of each run"""
-    time: bool = False
-    """instead time the demos, one after the other, each with all threads"""
+    only: str = ""  # some of RUNS, joined by commas; empty: the five files
+    seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the runs
+    jobs: int = 2  # runs at the same time
+    threads: int = 1  # CPU threads of each run
+    time: bool = False  # instead time the demos, one after the other, each with all threads
 
 
 def demo(name: str, seed: int, args: Args, out: str) -> dict:

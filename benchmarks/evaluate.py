@@ -45,56 +45,34 @@ from sdzero import RESTARTS
 
 @dataclass
 class Args:
-    model: str
-    """folder or hub id of a checkpoint"""
-    task: str
-    """a named set, jsonl:FILE, hf:NAME[:CONF][@SPLIT], gym:NAME or chain"""
+    model: str  # folder or hub id of a checkpoint
+    task: str  # a named set, jsonl:FILE, hf:NAME[:CONF][@SPLIT], gym:NAME or chain
     protocol: Literal["", "sdzero", "sdpo", "hsd"] = ""
     """the sampling settings of that paper's evaluation; what is typed wins"""
-    data_dir: str = ""
-    """folder with the named sets; empty reads them from the hub"""
-    split: Literal["test", "train"] = "test"
-    """of a named set"""
-    fields: str = ""
-    """names of the data's fields if they differ, e.g. question=prompt,answer=gold"""
+    data_dir: str = ""  # folder with the named sets; empty reads them from the hub
+    split: Literal["test", "train"] = "test"  # of a named set
+    fields: str = ""  # names of the data's fields if they differ, e.g. question=prompt,answer=gold
     kind: Literal["", "math", "choice", "tool", "code"] = ""
     """kind of the records of jsonl and hf; empty: as the records state, or as their fields show"""
     instruction: str | None = None
     """text added to every maths question; the default asks for \\boxed{}"""
-    questions: int = 0
-    """number of questions, the same ones for every model; 0: all"""
-    samples: int = 8
-    """n, responses per question"""
-    ks: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """k of pass@k; those above n are left out"""
-    temperature: float = 0.7
-    """sampling temperature; 0 is greedy"""
-    top_p: float = 1.0
-    """nucleus of sampling"""
-    top_k: int = 0
-    """sample from this many likeliest tokens; 0: all"""
-    max_tokens: int = 4096
-    """most tokens per response"""
-    thinking: bool = False
-    """switch on the chat template's thinking mode"""
-    seed: int = 0
-    """random seed of sampling"""
-    sampler: Literal["hf", "vllm"] = "hf"
-    """engine"""
-    sampler_rows: int = 128
-    """hf: responses decoded at the same time (limits the KV cache)"""
-    chunk: int = 32
-    """questions between two writes to disk"""
-    workers: int = 4
-    """verifier processes"""
-    allow_unsafe_exec: bool = False
-    """run a model's programs outside of bubblewrap"""
-    threads: int = 0
-    """CPU threads of torch; 0: its default"""
-    out: str = "results/evaluate"
-    """parent of the result folders"""
-    name: str = ""
-    """name of the result folder; empty: model, task and protocol"""
+    questions: int = 0  # number of questions, the same ones for every model; 0: all
+    samples: int = 8  # n, responses per question
+    ks: tuple[int, ...] = (1, 2, 4, 8, 16)  # k of pass@k; those above n are left out
+    temperature: float = 0.7  # sampling temperature; 0 is greedy
+    top_p: float = 1.0  # nucleus of sampling
+    top_k: int = 0  # sample from this many likeliest tokens; 0: all
+    max_tokens: int = 4096  # most tokens per response
+    thinking: bool = False  # switch on the chat template's thinking mode
+    seed: int = 0  # random seed of sampling
+    sampler: Literal["hf", "vllm"] = "hf"  # engine
+    sampler_rows: int = 128  # hf: responses decoded at the same time (limits the KV cache)
+    chunk: int = 32  # questions between two writes to disk
+    workers: int = 4  # verifier processes
+    allow_unsafe_exec: bool = False  # run a model's programs outside of bubblewrap
+    threads: int = 0  # CPU threads of torch; 0: its default
+    out: str = "results/evaluate"  # parent of the result folders
+    name: str = ""  # name of the result folder; empty: model, task and protocol
 
 
 PROTOCOLS = {  # what each paper says about its evaluation; otherwise the default holds

@@ -54,18 +54,12 @@ RUNS = {
 
 @dataclass
 class Args:
-    steps: int = 200
-    """steps per run (the paper: 200); 0: the probe alone"""
-    seeds: int = 2
-    """seeds per run"""
-    out: str = "runs/leakage"
-    """folder of the runs"""
-    questions: int = 128
-    """of the probe"""
-    references: int = 4
-    """K: the right answer and K − 1 others"""
-    model: str = "assets/chain"
-    """of the probe"""
+    steps: int = 200  # steps per run (the paper: 200); 0: the probe alone
+    seeds: int = 2  # seeds per run
+    out: str = "runs/leakage"  # folder of the runs
+    questions: int = 128  # of the probe
+    references: int = 4  # K: the right answer and K − 1 others
+    model: str = "assets/chain"  # of the probe
 
 
 def probe(args: Args) -> dict:

@@ -49,26 +49,16 @@ WIDTHS = (2, 4, 8, 16, 32)
 
 @dataclass
 class Args:
-    name: str = "chain"
-    """name of the result files"""
-    model: str = "assets/chain"
-    """folder or hub id"""
-    task: str = "chain"
-    """task, as for the method files"""
-    data_dir: str = ""
-    """folder of the named sets"""
-    questions: int = 256
-    """groups sampled"""
-    group_size: int = 8
-    """G"""
-    max_tokens: int = 64
-    """most tokens per response"""
-    failures: int = 512
-    """failed responses with a peer, at most (the paper: 512)"""
-    token_budget: int = 16384
-    """padded tokens per forward pass"""
-    seed: int = 0
-    """random seed of questions and samples"""
+    name: str = "chain"  # name of the result files
+    model: str = "assets/chain"  # folder or hub id
+    task: str = "chain"  # task, as for the method files
+    data_dir: str = ""  # folder of the named sets
+    questions: int = 256  # groups sampled
+    group_size: int = 8  # G
+    max_tokens: int = 64  # most tokens per response
+    failures: int = 512  # failed responses with a peer, at most (the paper: 512)
+    token_budget: int = 16384  # padded tokens per forward pass
+    seed: int = 0  # random seed of questions and samples
 
 
 def main(args: Args) -> None:

@@ -50,16 +50,11 @@ RUNS = {
 
 @dataclass
 class Args:
-    count: bool = False
-    """count, and measure nothing"""
-    model: str = ""
-    """folder of the model that is measured"""
-    data_dir: str = ""
-    """folder that gsm8k is read from"""
-    name: str = "smollm2"
-    """of the result files"""
-    rounds: int = 1
-    """runs of each setting"""
+    count: bool = False  # count, and measure nothing
+    model: str = ""  # folder of the model that is measured
+    data_dir: str = ""  # folder that gsm8k is read from
+    name: str = "smollm2"  # of the result files
+    rounds: int = 1  # runs of each setting
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,12 +30,9 @@ RUNS = {
 
 @dataclass
 class Args:
-    model: str
-    """folder of the model"""
-    data_dir: str
-    """folder of the named sets"""
-    only: str = ""
-    """one of RUNS; empty: all"""
+    model: str  # folder of the model
+    data_dir: str  # folder of the named sets
+    only: str = ""  # one of RUNS; empty: all
 
 
 def main(args: Args) -> None:

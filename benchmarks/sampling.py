@@ -36,26 +36,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Args:
-    name: str = "chain"
-    """name of the result files"""
-    model: str = "assets/chain"
-    """model folder"""
-    task: str = "chain"
-    """task that the prompts come from"""
-    data_dir: str = ""
-    """folder that named sets are read from"""
-    prompts: int = 16
-    """questions"""
-    samples: int = 8
-    """responses per question"""
-    max_tokens: int = 64
-    """most tokens per response"""
-    rows: int = 128
-    """responses decoded at the same time"""
-    rounds: int = 7
-    """timed runs of each side, in turns, after one warm-up run"""
-    threads: int = 1
-    """CPU threads"""
+    name: str = "chain"  # name of the result files
+    model: str = "assets/chain"  # model folder
+    task: str = "chain"  # task that the prompts come from
+    data_dir: str = ""  # folder that named sets are read from
+    prompts: int = 16  # questions
+    samples: int = 8  # responses per question
+    max_tokens: int = 64  # most tokens per response
+    rows: int = 128  # responses decoded at the same time
+    rounds: int = 7  # timed runs of each side, in turns, after one warm-up run
+    threads: int = 1  # CPU threads
 
 
 def ours(sampler: HFSampler, prompts: list[list[int]], args: Args, seed: int) -> list[int]:

@@ -27,37 +27,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Args:
-    trl_python: str
-    """interpreter of the environment that has TRL"""
+    trl_python: str  # interpreter of the environment that has TRL
     file: Literal["grpo", "sdpo", "hsd"] = "grpo"
     """grpo.py and GRPOTrainer; sdpo.py and SDPOTrainer (siblings, average, reverse KL); hsd.py as self-distillation from the worked
     solution (frozen teacher, reverse KL) and SDFTTrainer"""
-    name: str = "chain"
-    """name of the result file"""
-    model: str = "assets/chain"
-    """model folder"""
-    task: str = "chain"
-    """chain or jsonl:FILE"""
-    heldout: int = 256
-    """problems that neither side trains on"""
-    batch_size: int = 16
-    """questions per step"""
-    group_size: int = 8
-    """responses per question"""
-    max_tokens: int = 64
-    """most tokens per response"""
-    lr: float = 1e-4
-    """learning rate"""
-    steps: int = 12
-    """steps per run, including the two warm-up steps"""
-    rounds: int = 3
-    """runs of each side, in turns"""
+    name: str = "chain"  # name of the result file
+    model: str = "assets/chain"  # model folder
+    task: str = "chain"  # chain or jsonl:FILE
+    heldout: int = 256  # problems that neither side trains on
+    batch_size: int = 16  # questions per step
+    group_size: int = 8  # responses per question
+    max_tokens: int = 64  # most tokens per response
+    lr: float = 1e-4  # learning rate
+    steps: int = 12  # steps per run, including the two warm-up steps
+    rounds: int = 3  # runs of each side, in turns
     per_device: int = 128
     """TRL's per_device_train_batch_size; TRL is fastest with as many rows as fit the memory"""
-    token_budget: int = 16384
-    """the method file's padded tokens per forward pass"""
-    threads: int = 2
-    """CPU threads of each side"""
+    token_budget: int = 16384  # the method file's padded tokens per forward pass
+    threads: int = 2  # CPU threads of each side
 
 
 METHOD = {"grpo": [], "sdpo": ["--kl", "reverse", "--teacher", "ema", "--context", "solution"],

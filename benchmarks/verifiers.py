@@ -34,16 +34,11 @@ from common.verifiers.sandbox import bubblewrap, confined
 
 @dataclass
 class Args:
-    data_dir: str
-    """folder with the public sets (SETS in common/tasks/sets.py)"""
-    humaneval: str = ""
-    """HumanEval.jsonl.gz, if it is not in data_dir"""
-    runs: int = 5000
-    """sandboxed programs in the leak test"""
-    workers: int = 4
-    """verdicts at the same time"""
-    out: str = "results/verifiers"
-    """folder of the result file"""
+    data_dir: str  # folder with the public sets (SETS in common/tasks/sets.py)
+    humaneval: str = ""  # HumanEval.jsonl.gz, if it is not in data_dir
+    runs: int = 5000  # sandboxed programs in the leak test
+    workers: int = 4  # verdicts at the same time
+    out: str = "results/verifiers"  # folder of the result file
 
 
 ALTER = """

@@ -37,22 +37,15 @@ from common.verifiers.pool import Verifier
 
 @dataclass
 class Args:
-    data_dir: str
-    """folder with mbpp/sanitized-mbpp.json"""
-    humaneval: str = ""
-    """HumanEval.jsonl.gz; without it that set is left out"""
-    mutants: int = 6
-    """of each solution, at most"""
+    data_dir: str  # folder with mbpp/sanitized-mbpp.json
+    humaneval: str = ""  # HumanEval.jsonl.gz; without it that set is left out
+    mutants: int = 6  # of each solution, at most
     limit: float = 10.0
     """seconds for a call of a function, and for a whole run in plain Python; more on a busy machine"""
-    workers: int = 4
-    """verdicts at a time"""
-    seed: int = 0
-    """which mutants are drawn"""
-    first: int = 0
-    """problems of each set; 0: all"""
-    out: str = "results/verifiers/code.json"
-    """the result file"""
+    workers: int = 4  # verdicts at a time
+    seed: int = 0  # which mutants are drawn
+    first: int = 0  # problems of each set; 0: all
+    out: str = "results/verifiers/code.json"  # the result file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
