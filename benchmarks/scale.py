@@ -103,16 +103,18 @@ def seconds(size: Size, flops: Flops, constants: dict[str, float], cores: int) -
 
 
 def fit(points: list[dict], cores: int) -> dict[str, float]:
-    """The three constants, from the fitted points: relative errors in the least squares."""
-    wanted = [p for p in points if p["change"] in FITTED]
-    rows = []
-    for p in wanted:
+    """The three constants, from the fitted points: of sampling by least squares of the relative
+    errors, of the update the median rate."""
+    rows, rates = [], []
+    for p in points:
+        if p["change"] not in FITTED:
+            continue
         size = Size(**p["size"])
         calls = size.T * ceil(size.B * size.G / ROWS)
         rows.append([calls / p["sample"], p["flops"]["sample"] / p["sample"]])
+        rates.append(p["flops"]["update"] / p["update"])
     call, per_flop = np.linalg.lstsq(np.array(rows), np.ones(len(rows)), rcond=None)[0]
-    update = statistics.mean(p["flops"]["update"] / p["update"] for p in wanted)
-    return {"call": float(call), "sample": float(1 / per_flop), "update": update}
+    return {"call": float(call), "sample": float(1 / per_flop), "update": statistics.median(rates)}
 
 
 def write_model(size: Size, folder: Path) -> Cost:
@@ -229,11 +231,10 @@ def draw(points: list[dict], constants: dict[str, float], cores: int, path: Path
             axis.plot(by_formula, p[name], "o", color=colour)
             axis.annotate(named(p["change"]), (by_formula, p[name]), fontsize=7,
                           xytext=(5, -3), textcoords="offset points")
-        low, high = axis.get_xlim()
-        low = max(low, 0.01)
-        axis.plot([low, high], [low, high], color="grey", linewidth=0.8)
+        axis.axline((1, 1), slope=1, color="grey", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="seconds per step by the formula",
-                 ylabel="measured", title=("sampling", "update")[phase])
+                 ylabel="measured", title=("sampling", "update")[phase],
+                 xlim=(0.1, 10), ylim=(0.1, 10))
     figure.suptitle("hsd.py, one size changed at a time (blue: fitted, orange: predicted)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
