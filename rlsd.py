@@ -248,7 +248,7 @@ def main(args: Args) -> None:
         lam = lam_at(step, args)
 
         # the teacher's prompts
-        hinted = teacher_prompts(batch, rollouts, args) if lam > 0 else None  # else it has no part
+        hinted = teacher_prompts(batch, rollouts, args) if lam > 0 else None  # 0: no teacher
         if hinted and step == 0:
             everywhere = torch.ones_like(A)
             run.collect(teacher_answers(rollouts, teacher, policy, batch, hinted, everywhere))
@@ -330,6 +330,7 @@ def diagnostics(stats: TokenStats, x: Inputs, lam: float, args: Args) -> dict[st
 
 
 def leaks(batch: Batch) -> list[bool]:
+    """For every rollout: whether it mentions a reference that it could not see."""
     return [refers_to_a_reference(rollout.text) for rollout in batch.rollouts]
 
 

@@ -482,7 +482,8 @@ def table(about: dict, runs: dict[str, list[dict]], rates: dict[str, float],
         "| sampled tokens | seconds | entropy | length | peak GiB |",
         "|" + "---|" * 13,
     ]
-    best_first = sorted(runs, key=lambda m: -mean_of(runs[m], "pass@1"))
+    finished = [m for m in runs if runs[m]]
+    best_first = sorted(finished, key=lambda m: -mean_of(runs[m], "pass@1"))
     lines += [row_of(m, runs[m], rates[m], len(grid.seeds)) for m in best_first]
     lines += table_of_localisation(runs)
     for row in stopped:
@@ -495,13 +496,13 @@ def table(about: dict, runs: dict[str, list[dict]], rates: dict[str, float],
 def mean_of(results: list[dict], name: str) -> float:
     """Over the runs; of a curve its last value."""
     values = [r[name][-1] if isinstance(r[name], list) else r[name] for r in results]
-    return float(np.mean(values)) if values else float("nan")
+    return float(np.mean(values))
 
 
 def row_of(method: str, results: list[dict], rate: float, seeds: int) -> str:
     final = [r["pass@1"] for r in results]
     shown = " ".join(f"{x:.3f}" for x in final)
-    if seeds > 2:
+    if len(final) > 2:
         shown = "{:.3f} ± {:.3f}".format(*interval(final))
     best = float(np.mean([max(r["pass"]) for r in results]))
     entropy = "–"

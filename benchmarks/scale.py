@@ -1,11 +1,11 @@
 """What a step of hsd.py costs, against its sizes: a formula, and measured points beside it.
 
-    python benchmarks/scale.py           # ten minutes alone on two cores
+    python benchmarks/scale.py    # eight minutes; nothing else may run beside it
 
 One size is changed at a time: responses per question G, their length T, the vocabulary V, the
 model's width D, the processes W. The models have random weights, so nearly all responses are
-exactly T tokens long. The formula counts FLOPs (`step_flops`) and turns them into seconds with three constants
-of this machine (`seconds`), which are fitted to the points marked "fitted" and predict the others.
+exactly T tokens long. The formula counts FLOPs (`step_flops`) and turns them into seconds with
+three constants of this machine (`seconds`), which are fitted to three points and predict the others.
 Writes results/scale/scale.json, scale.md and scale.png.
 """
 from __future__ import annotations
@@ -102,7 +102,7 @@ def seconds(size: Size, flops: Flops, constants: dict[str, float], cores: int) -
     return sample, flops.update / at_once / constants["update"]
 
 
-def fit(points: list[dict], cores: int) -> dict[str, float]:
+def fit(points: list[dict]) -> dict[str, float]:
     """The three constants, from the fitted points: of sampling by least squares of the relative
     errors, of the update the median rate."""
     rows, rates = [], []
@@ -210,8 +210,10 @@ def named(change: dict) -> str:
 
 
 def table(points: list[dict], constants: dict[str, float], cores: int) -> str:
-    lines = ["| changed | update, GFLOP | counted by the run | sampling, s | formula | update, s | formula |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| changed | update, GFLOP | counted by the run | sampling, s | formula | update, s | formula |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for p in points:
         sample, update = seconds(Size(**p["size"]), Flops(**p["flops"]), constants, cores)
         fitted = " (fitted)" if p["change"] in FITTED else ""
@@ -248,7 +250,7 @@ def main(args: Args) -> None:
         points.append({"change": change, **measure(size, args.steps)})
         print(f"{named(change)}: sampling {points[-1]['sample']:.2f} s, update "
               f"{points[-1]['update']:.2f} s", flush=True)
-    constants = fit(points, cores)
+    constants = fit(points)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
                             text=True).stdout.strip()
     command = " ".join(["python benchmarks/scale.py", *sys.argv[1:]])

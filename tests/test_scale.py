@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from benchmarks.scale import BASE, CHANGES, FITTED, Flops, Size, fit, seconds, step_flops
+from benchmarks.scale import CHANGES, FITTED, Flops, Size, fit, on_gpus, seconds, step_flops
 from common.microbatches import shared_prompts
 from common.work import Cost, Work
 
@@ -44,8 +44,17 @@ def test_the_fit_finds_the_constants_of_exact_points():
         sample, update = seconds(size, flops, constants, cores=2)
         points.append({"change": change, "size": vars(size), "flops": flops._asdict(),
                        "sample": sample, "update": update})
-    assert fit(points, cores=2) == pytest.approx(constants)
+    assert fit(points) == pytest.approx(constants)
 
 
 def test_points_that_are_fitted_are_measured():
-    assert all(change in CHANGES for change in FITTED) and BASE == Size()
+    assert all(change in CHANGES for change in FITTED)
+
+
+def test_an_update_divides_among_gpus_and_the_longest_response_does_not():
+    """Of sampling only the keys and values divide: (8 GPUs − 32 GPUs) is three quarters of them."""
+    (sample_8, update_8), (sample_32, update_32) = on_gpus(8), on_gpus(32)
+    assert update_8 == pytest.approx(4 * update_32)
+    layers, heads, width, tokens, past = 36, 8, 128, 1024 * 1000 / 8, 150 + 500
+    keys_and_values = tokens * past * (2 * layers * heads * width) * 2 / 3.35e12  # bf16
+    assert sample_8 - sample_32 == pytest.approx(0.75 * keys_and_values)
