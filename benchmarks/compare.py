@@ -1,15 +1,17 @@
-"""Methods side by side: one model, one task, one sampler, one verifier, equal rollout budgets, several seeds.
+"""Methods side by side: one model, task, sampler and verifier, equal rollouts, several seeds.
 
-    python benchmarks/compare.py chain --jobs 2       # the embedded model: tuning, runs, table, figures (hours on two cores)
-    python benchmarks/compare.py sdpo --jobs 2        # one of the papers' claims; also grpo, hsd, sdzero, breaks
+    python benchmarks/compare.py chain --jobs 2  # the embedded model; hours on two CPU cores
+    python benchmarks/compare.py sdpo --jobs 2   # a paper's claims; also hsd, grpo, sdzero, breaks
     python benchmarks/compare.py smollm2 --model PATH_OF_SMOLLM2_135M_INSTRUCT
     python benchmarks/compare.py qwen --model PATH_OF_QWEN2_5_CODER_0_5B_INSTRUCT
 
-A grid (GRIDS below) declares methods, budget, tuning and seeds. If it names several learning rates, each method first
-gets the same small tuning: every rate on seeds that are not reported; the best final held-out pass@1 wins. Then the
-reported seeds run. Every run is a plain command of a method file. A run that is already under --out is not repeated, so
-the same command resumes an interrupted comparison, and grids share their runs. Writes results/compare/NAME/: search.json,
-runs.json, table.md, rollouts.png, tokens.png.
+A grid (GRIDS below) declares methods, tuning and seeds. If it has several learning rates, each
+method gets the same small tuning first: every rate on seeds that are not reported. The rate with
+the best final held-out pass@1 wins. Then the reported seeds run.
+
+Every run is a plain command of a method file. A run that is already under --out is not repeated, so
+the same command resumes an interrupted comparison, and grids share their runs. Writes into
+results/compare/NAME/: search.json, runs.json, table.md, rollouts.png, tokens.png.
 """
 from __future__ import annotations
 
@@ -44,127 +46,193 @@ from common.verifiers.pool import Verifier
 from sdzero import RESTARTS
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAIN = ["--demo", "--steps", "40", "--eval_every", "8"]  # 40 × 16 × 8 = 5,120 rollouts
-ZERO = ["--demo", "--eval_every", "10", "--wrong_share", "0.5"]
-HSD = ["hsd.py", *CHAIN, "--beta", "0"]
 
 
 @dataclass
 class Method:
-    command: list[str]
+    typed: str  # the command, without its rate and seed
     rate: str = "--lr"  # the flag that is tuned
     fixed: float = 0.0  # its value if the grid does not tune it; 0: the grid's value
 
+    @property
+    def command(self) -> list[str]:
+        return shlex.split(self.typed)
 
-METHODS = {  # 5,120 rollouts each; other settings are the demo's (the table prints every command)
-    "GRPO": Method(["grpo.py", *CHAIN]),
-    "Dr. GRPO": Method(["grpo.py", *CHAIN, "--loss", "dr_grpo"]),
-    "DAPO, no refill": Method(["grpo.py", *CHAIN, "--loss", "dapo", "--dynamic_sampling", "0"]),
-    "RLSD": Method(["rlsd.py", *CHAIN]),
-    "SDPO": Method(["sdpo.py", *CHAIN, "--kl", "jsd"]),
-    "SDPO reverse KL": Method(["sdpo.py", *CHAIN, "--kl", "reverse"]),
-    "HSD live": Method([*HSD, "--teacher", "live"]),
-    "HSD frozen": Method([*HSD, "--teacher", "frozen"]),
-    "HSD frozen, reverse KL": Method([*HSD, "--teacher", "frozen", "--kl", "reverse"]),
-    "OPSD answer": Method([*HSD, "--teacher", "frozen", "--context", "answer"]),
-    "OPSD solution": Method([*HSD, "--teacher", "frozen", "--context", "solution"]),
-    "SDFT": Method([*HSD, "--teacher", "ema", "--teacher_rate", "0.01", "--context", "solution"]),
-    "GRPO+OPSD": Method([*HSD, "--teacher", "live", "--context", "answer", "--grpo_mix", "0.5"]),
-    "SD-Zero": Method(["sdzero.py", *ZERO, "--srt_questions", "640", "--sd_questions", "2560", "--batch_size", "64",
-                       "--rounds", "1"]),  # 640 + 3 × 640, then 40 × 64
-    "SRT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--srt_questions", "1280", "--sd_questions", "64",
-                   "--kept_traces", "2000"], "--srt_lr"),
-    "SD only": Method(["sdzero.py", *ZERO, "--phase", "sd", "--srt_questions", "16", "--sd_questions", "2560", "--rounds",
-                       "2", "--batch_size", "64"]),
-    "RFT": Method(["sdzero.py", *ZERO, "--phase", "srt", "--baseline", "rft", "--srt_questions", "1280"], "--srt_lr"),
+
+# --------------------------------------------------------------------------------------------------
+# methods on the embedded model: 5,120 rollouts each; settings not named are the demo's
+# --------------------------------------------------------------------------------------------------
+CHAIN = "--demo --steps 40 --eval_every 8"  # 40 steps of 16 × 8
+GRPO = f"grpo.py {CHAIN}"
+SDPO = f"sdpo.py {CHAIN} --kl reverse"
+HSD = f"hsd.py {CHAIN} --beta 0"
+FROZEN = f"{HSD} --teacher frozen"
+SD_ZERO = "sdzero.py --demo --eval_every 10 --wrong_share 0.5"
+BOTH = f"{SD_ZERO} --srt_questions 640 --batch_size 64"  # 640 + 3 × 640, then 40 × 64
+
+METHODS = {
+    "GRPO": Method(GRPO),
+    "Dr. GRPO": Method(f"{GRPO} --loss dr_grpo"),
+    "DAPO, no refill": Method(f"{GRPO} --loss dapo --dynamic_sampling 0"),
+    "RLSD": Method(f"rlsd.py {CHAIN}"),
+    "SDPO": Method(f"sdpo.py {CHAIN} --kl jsd"),
+    "SDPO reverse KL": Method(SDPO),
+    "HSD live": Method(f"{HSD} --teacher live"),
+    "HSD frozen": Method(FROZEN),
+    "HSD frozen, reverse KL": Method(f"{FROZEN} --kl reverse"),
+    "OPSD answer": Method(f"{FROZEN} --context answer"),
+    "OPSD solution": Method(f"{FROZEN} --context solution"),
+    "SDFT": Method(f"{HSD} --teacher ema --teacher_rate 0.01 --context solution"),
+    "GRPO+OPSD": Method(f"{HSD} --teacher live --context answer --grpo_mix 0.5"),
+    "SD-Zero": Method(f"{BOTH} --sd_questions 2560 --rounds 1"),
+    "SRT": Method(
+        f"{SD_ZERO} --phase srt --srt_questions 1280 --sd_questions 64 --kept_traces 2000",
+        rate="--srt_lr",
+    ),
+    "SD only": Method(
+        f"{SD_ZERO} --phase sd --srt_questions 16 --sd_questions 2560 --rounds 2 --batch_size 64"
+    ),
+    "RFT": Method(f"{SD_ZERO} --phase srt --baseline rft --srt_questions 1280", rate="--srt_lr"),
 }
 FAMILIES = {  # panels of the figures
-    "with a verifier's advantage": ("GRPO", "Dr. GRPO", "DAPO, no refill", "RLSD", "GRPO+OPSD"),
-    "learning from a peer or feedback": ("SDPO", "SDPO reverse KL", "HSD live", "HSD frozen", "HSD frozen, reverse KL"),
-    "learning from an answer, a solution, oneself": ("OPSD answer", "OPSD solution", "SDFT", "SD-Zero", "SRT", "SD only",
-                                                     "RFT"),
+    "with a verifier's advantage": (
+        "GRPO", "Dr. GRPO", "DAPO, no refill", "RLSD", "GRPO+OPSD",
+    ),
+    "learning from a peer or feedback": (
+        "SDPO", "SDPO reverse KL", "HSD live", "HSD frozen", "HSD frozen, reverse KL",
+    ),
+    "learning from an answer, a solution, oneself": (
+        "OPSD answer", "OPSD solution", "SDFT", "SD-Zero", "SRT", "SD only", "RFT",
+    ),
 }
 
-# The papers' claims, as changes to one method
-SDPO = METHODS["SDPO reverse KL"].command
-CLAIMS = {
+# The papers' claims, each as changes to one method
+METHODS |= {
+    "SDPO, average (0.05)": Method(SDPO),
+    "SDPO, trust region (0.05)": Method(f"{SDPO} --teacher trust_region"),
+    "SDPO, start": Method(f"{SDPO} --teacher frozen"),
+    "SDPO, live": Method(f"{SDPO} --teacher live"),
+    "SDPO, likeliest token": Method(f"{SDPO} --granularity token"),
+    "SDPO, sampled token": Method(f"{SDPO} --granularity sampled"),
+    "SDPO, whole response": Method(f"{SDPO} --granularity sequence"),
+    "HSD forward, start": Method(FROZEN),
+    "HSD reverse, start": Method(f"{FROZEN} --kl reverse"),
+    "HSD 64 × 2": Method(f"{FROZEN} --batch_size 64 --group_size 2"),
+    "HSD 32 × 4": Method(f"{FROZEN} --batch_size 32 --group_size 4"),
+    "HSD 8 × 16": Method(f"{FROZEN} --batch_size 8 --group_size 16"),
+    "HSD shortest peer": Method(f"{FROZEN} --peer shortest"),
+    "HSD top-p 0.95": Method(FROZEN),
+    "HSD top-p 1": Method(f"{FROZEN} --top_p 1"),
+    "GRPO, 3e-4": Method(GRPO),
+    "GRPO, 1e-3": Method(GRPO, fixed=1e-3),
+    "SDPO, 1e-3": Method(SDPO, fixed=1e-3),
+    "SDPO, own success too": Method(SDPO.replace("sdpo.py", "benchmarks/own_hint.py")),
+    "SD-Zero, one round": METHODS["SD-Zero"],
+    "SD-Zero, two rounds": Method(f"{BOTH} --sd_questions 1280 --rounds 2"),
+    "SD-Zero, phase 1": replace(METHODS["SRT"], fixed=1e-4),
+    "SD-Zero, phase 2": METHODS["SD only"],
+}
+for name in ("GRPO", "DAPO", "GSPO", "CISPO"):
+    METHODS[f"{name} × 4"] = Method(
+        f"{GRPO} --loss {name.lower()} --dynamic_sampling 0 --minibatches 4", fixed=1e-4
+    )
+CLAIMS = {  # grid → panels of its figure
     "sdpo": {  # Table 4 and Fig. 10 of the SDPO paper
-        "Whose weights teach": ("SDPO, average (0.05)", "SDPO, trust region (0.05)", "SDPO, start", "SDPO, live"),
-        "What a token is told": ("SDPO, average (0.05)", "SDPO, likeliest token", "SDPO, sampled token", "SDPO, whole response"),
+        "Whose weights teach": (
+            "SDPO, average (0.05)", "SDPO, trust region (0.05)", "SDPO, start", "SDPO, live",
+        ),
+        "What a token is told": (
+            "SDPO, average (0.05)", "SDPO, likeliest token", "SDPO, sampled token",
+            "SDPO, whole response",
+        ),
     },
     "hsd": {
         "Direction": ("HSD forward, start", "HSD reverse, start"),
-        "Group size, 128 rollouts a step": ("HSD 64 × 2", "HSD 32 × 4", "HSD forward, start", "HSD 8 × 16"),
+        "Group size, 128 rollouts a step": (
+            "HSD 64 × 2", "HSD 32 × 4", "HSD forward, start", "HSD 8 × 16",
+        ),
         "Which peer": ("HSD forward, start", "HSD shortest peer"),
     },
     "top-p": {"Top-p of the rollouts": ("HSD top-p 0.95", "HSD top-p 1")},
     "breaks": {
-        "The tuned rate, and three times": ("GRPO, 3e-4", "GRPO, 1e-3", "SDPO, average (0.05)", "SDPO, 1e-3"),
+        "The tuned rate, and three times": (
+            "GRPO, 3e-4", "GRPO, 1e-3", "SDPO, average (0.05)", "SDPO, 1e-3",
+        ),
         "Own success as the hint": ("SDPO, average (0.05)", "SDPO, own success too"),
     },
     "grpo": {"Four updates a step": ("GRPO × 4", "DAPO × 4", "GSPO × 4", "CISPO × 4")},
-    "sdzero": {"Phases": ("SD-Zero, one round", "SD-Zero, two rounds", "SD-Zero, phase 1", "SD-Zero, phase 2")},
+    "sdzero": {
+        "Phases": (
+            "SD-Zero, one round", "SD-Zero, two rounds", "SD-Zero, phase 1", "SD-Zero, phase 2",
+        ),
+    },
 }
+
+# --------------------------------------------------------------------------------------------------
+# SmolLM2-135M-Instruct learns to say which of two numbers is larger: 384 rollouts each
+# --------------------------------------------------------------------------------------------------
+LARGER = (
+    "--demo --task jsonl:benchmarks/larger.jsonl --instruction 'Begin with \"The answer is\".' "
+    "--heldout 32 --temperature 0.7 --max_tokens 24 --lora_rank 16"
+)
+SMALL = f"{LARGER} --batch_size 4 --group_size 8 --steps 12 --eval_every 3"
+SMALL_HSD = f"hsd.py {SMALL} --teacher frozen --beta 0 --top_p 1"
 METHODS |= {
-    "SDPO, average (0.05)": Method(SDPO),
-    **{f"SDPO, {name}": Method([*SDPO, "--teacher", flag]) for name, flag in
-       (("trust region (0.05)", "trust_region"), ("start", "frozen"), ("live", "live"))},
-    **{f"SDPO, {name}": Method([*SDPO, "--granularity", flag]) for name, flag in
-       (("likeliest token", "token"), ("sampled token", "sampled"), ("whole response", "sequence"))},
-    "HSD forward, start": METHODS["HSD frozen"], "HSD reverse, start": METHODS["HSD frozen, reverse KL"],
-    **{f"HSD {b} × {g}": Method([*HSD, "--teacher", "frozen", "--batch_size", str(b), "--group_size", str(g)])
-       for b, g in ((64, 2), (32, 4), (8, 16))},
-    "HSD top-p 0.95": METHODS["HSD frozen"],
-    "HSD top-p 1": Method([*METHODS["HSD frozen"].command, "--top_p", "1"]),
-    "HSD shortest peer": Method([*HSD, "--teacher", "frozen", "--peer", "shortest"]),
-    **{f"{name} × 4": Method(["grpo.py", *CHAIN, "--loss", flag, "--dynamic_sampling", "0", "--minibatches", "4"], fixed=1e-4)
-       for name, flag in (("GRPO", "grpo"), ("DAPO", "dapo"), ("GSPO", "gspo"), ("CISPO", "cispo"))},
-    "SD-Zero, one round": METHODS["SD-Zero"],
-    "SD-Zero, two rounds": Method([*METHODS["SD-Zero"].command, "--sd_questions", "1280", "--rounds", "2"]),
-    "SD-Zero, phase 1": replace(METHODS["SRT"], fixed=1e-4), "SD-Zero, phase 2": METHODS["SD only"],
-    "GRPO, 3e-4": METHODS["GRPO"], "GRPO, 1e-3": replace(METHODS["GRPO"], fixed=1e-3),
-    "SDPO, 1e-3": Method(SDPO, fixed=1e-3),
-    "SDPO, own success too": Method(["benchmarks/own_hint.py", *SDPO[1:]]),
+    "GRPO (135M)": Method(f"grpo.py {SMALL}"),
+    "RLSD (135M)": Method(f"rlsd.py {SMALL}"),
+    "SDPO (135M)": Method(f"sdpo.py {SMALL} --kl reverse"),
+    "HSD (135M)": Method(SMALL_HSD),
+    "HSD reverse KL (135M)": Method(f"{SMALL_HSD} --kl reverse"),
+    "SD-Zero (135M)": Method(  # 48 × 4 + 192
+        f"sdzero.py {LARGER} --srt_questions 48 --srt_max_tokens 32 --srt_temperature 0.7 "
+        "--sd_questions 192 --batch_size 32 --eval_every 3"
+    ),
 }
 
-# A real model that learns to say which of two numbers is larger: 384 rollouts
-LARGER = ["--demo", "--task", "jsonl:benchmarks/larger.jsonl", "--instruction", 'Begin with "The answer is".', "--heldout", "32",
-          "--temperature", "0.7", "--max_tokens", "24", "--lora_rank", "16"]
-SMALL = [*LARGER, "--batch_size", "4", "--group_size", "8", "--steps", "12", "--eval_every", "3"]
+# --------------------------------------------------------------------------------------------------
+# Qwen2.5-Coder-0.5B-Instruct learns to multiply two digits by one: 512 rollouts each
+# --------------------------------------------------------------------------------------------------
+PRODUCTS = (
+    "--demo --task jsonl:benchmarks/products.jsonl "
+    "--instruction 'Work briefly and finish with the final answer in \\boxed{}.' "
+    "--heldout 48 --max_tokens 96 --lora_rank 16 --token_budget 2048"
+)
+EVALUATION = "--eval_every 4 --eval_samples 1"
+MEDIUM = f"{PRODUCTS} --batch_size 8 --group_size 8 --steps 8 {EVALUATION}"
+MEDIUM_HSD = f"hsd.py {MEDIUM} --teacher frozen --beta 0 --top_p 1"
 METHODS |= {
-    "GRPO (135M)": Method(["grpo.py", *SMALL]),
-    "RLSD (135M)": Method(["rlsd.py", *SMALL]),
-    "SDPO (135M)": Method(["sdpo.py", *SMALL, "--kl", "reverse"]),
-    "HSD (135M)": Method(["hsd.py", *SMALL, "--teacher", "frozen", "--beta", "0", "--top_p", "1"]),
-    "HSD reverse KL (135M)": Method(["hsd.py", *SMALL, "--teacher", "frozen", "--beta", "0", "--top_p", "1", "--kl", "reverse"]),
-    "SD-Zero (135M)": Method(["sdzero.py", *LARGER, "--srt_questions", "48", "--srt_max_tokens", "32", "--srt_temperature",
-                              "0.7", "--sd_questions", "192", "--batch_size", "32", "--eval_every", "3"]),  # 48 × 4 + 192
-}
-
-# A real model on two digits times one: 512 rollouts
-PRODUCTS = ["--demo", "--task", "jsonl:benchmarks/products.jsonl", "--instruction",
-            "Work briefly and finish with the final answer in \\boxed{}.", "--heldout", "48", "--max_tokens", "96", "--lora_rank", "16",
-            "--token_budget", "2048"]
-MEDIUM = [*PRODUCTS, "--batch_size", "8", "--group_size", "8", "--steps", "8", "--eval_every", "4", "--eval_samples", "1"]
-METHODS |= {
-    "GRPO (0.5B)": Method(["grpo.py", *MEDIUM]),
-    "RLSD (0.5B)": Method(["rlsd.py", *MEDIUM]),
-    "SDPO (0.5B)": Method(["sdpo.py", *MEDIUM, "--kl", "reverse"]),
-    "HSD (0.5B)": Method(["hsd.py", *MEDIUM, "--teacher", "frozen", "--beta", "0", "--top_p", "1"]),
-    "HSD reverse KL (0.5B)": Method(["hsd.py", *MEDIUM, "--teacher", "frozen", "--beta", "0", "--top_p", "1", "--kl", "reverse"]),
-    "SD-Zero (0.5B)": Method(["sdzero.py", *PRODUCTS, "--srt_questions", "64", "--srt_max_tokens", "96", "--sd_questions", "256",
-                              "--batch_size", "64", "--eval_every", "4", "--eval_samples", "1"]),  # 64 × 4 + 256
-    "SD only (0.5B)": Method(["sdzero.py", *PRODUCTS, "--phase", "sd", "--srt_questions", "16", "--sd_questions", "512",
-                              "--batch_size", "64", "--eval_every", "4", "--eval_samples", "1"]),
-    "RFT (0.5B)": Method(["sdzero.py", *PRODUCTS, "--phase", "srt", "--baseline", "rft", "--srt_questions", "128",
-                          "--srt_max_tokens", "96", "--eval_every", "4", "--eval_samples", "1"], "--srt_lr"),  # 128 × 4
+    "GRPO (0.5B)": Method(f"grpo.py {MEDIUM}"),
+    "RLSD (0.5B)": Method(f"rlsd.py {MEDIUM}"),
+    "SDPO (0.5B)": Method(f"sdpo.py {MEDIUM} --kl reverse"),
+    "HSD (0.5B)": Method(MEDIUM_HSD),
+    "HSD reverse KL (0.5B)": Method(f"{MEDIUM_HSD} --kl reverse"),
+    "SD-Zero (0.5B)": Method(  # 64 × 4 + 256
+        f"sdzero.py {PRODUCTS} --srt_questions 64 --srt_max_tokens 96 --sd_questions 256 "
+        f"--batch_size 64 {EVALUATION}"
+    ),
+    "SD only (0.5B)": Method(
+        f"sdzero.py {PRODUCTS} --phase sd --srt_questions 16 --sd_questions 512 "
+        f"--batch_size 64 {EVALUATION}"
+    ),
+    "RFT (0.5B)": Method(  # 128 × 4
+        f"sdzero.py {PRODUCTS} --phase srt --baseline rft --srt_questions 128 "
+        f"--srt_max_tokens 96 {EVALUATION}",
+        rate="--srt_lr",
+    ),
 }
 
 
+# --------------------------------------------------------------------------------------------------
+# grids
+# --------------------------------------------------------------------------------------------------
 PHASES = ("collect", "sample", "verify", "score", "update", "sync")  # seconds that count
-DASHES = ("-", (0, (5, 2)), (0, (2.5, 1.5)), (0, (7, 2, 2, 2)), (0, (5, 1.5, 1.5, 1.5, 1.5, 1.5)),
-          (0, (9, 3)), "-")  # of the curves of a panel
-WATCHED = ("frac_truncated", "teacher/accuracy", "teacher/frac_truncated", "revise/pass@1", "clip_frac")  # kept in runs.json, step by step
+DASHES = (  # of the curves of a panel
+    "-", (0, (5, 2)), (0, (2.5, 1.5)), (0, (7, 2, 2, 2)), (0, (5, 1.5, 1.5, 1.5, 1.5, 1.5)),
+    (0, (9, 3)), "-",
+)
+WATCHED = (  # kept in runs.json, step by step
+    "frac_truncated", "teacher/accuracy", "teacher/frac_truncated", "revise/pass@1", "clip_frac",
+)
 
 
 @dataclass
@@ -177,13 +245,22 @@ class Grid:
     samples: int = 8  # a held-out problem, at the end
 
 
+def named(model: str) -> tuple[str, ...]:
+    """The methods whose name has `model` in it."""
+    return tuple(name for name in METHODS if model in name)
+
+
 GRIDS = {
     "chain": Grid(FAMILIES, (0, 1, 2, 3, 4), (1e-4, 3e-4), (100,)),
     **{name: Grid(panels, (0, 1), (3e-4,)) for name, panels in CLAIMS.items()},
-    "smollm2": Grid({"SmolLM2-135M-Instruct: the larger of two numbers": tuple(m for m in METHODS if "135M" in m)}, (0, 1),
-                    (3e-4, 1e-3), (100,), runs="smollm2"),
-    "qwen": Grid({"Qwen2.5-Coder-0.5B-Instruct: two digits times one": tuple(m for m in METHODS if "0.5B" in m)}, (0,),
-                 (1e-4,), runs="qwen"),  # one rate, one seed: a run takes half an hour on a core
+    "smollm2": Grid(
+        {"SmolLM2-135M-Instruct: the larger of two numbers": named("135M")},
+        (0, 1), (3e-4, 1e-3), (100,), runs="smollm2",
+    ),
+    "qwen": Grid(  # one rate, one seed: a run takes an hour on a core
+        {"Qwen2.5-Coder-0.5B-Instruct: two digits times one": named("0.5B")},
+        (0,), (1e-4,), runs="qwen",
+    ),
 }
 
 
@@ -249,8 +326,8 @@ def folder_of(job: Job, args: Args) -> Path:
 
 def folder_name(method: str) -> str:
     """One command has one folder, whatever a grid calls it: the first name in METHODS."""
-    command = METHODS[method].command
-    first = next(name for name, other in METHODS.items() if other.command == command)
+    typed = METHODS[method].typed
+    first = next(name for name, other in METHODS.items() if other.typed == typed)
     return "".join(c if c.isalnum() else "-" for c in first)
 
 
@@ -440,7 +517,8 @@ def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, st
                             text=True).stdout.strip()
     about = {
         "command": hide("python benchmarks/compare.py " + " ".join(sys.argv[1:])), "commit": commit,
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.jobs} run(s) at a time",
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), "
+                    f"{args.jobs} run(s) at a time",
     }
     commands = {}
     for m in runs:
@@ -607,7 +685,8 @@ def draw_method(panel, i: int, method: str, results: list[dict], command: str, a
     if len(xs) - first == 1:
         line = {"linestyle": ":"}
     panel.plot(xs[first:], mean[first:], label=label, **style, **line)
-    panel.fill_between(xs[first:], low[first:], high[first:], color=f"C{i}", alpha=0.13, linewidth=0)
+    band = {"color": f"C{i}", "alpha": 0.13, "linewidth": 0}
+    panel.fill_between(xs[first:], low[first:], high[first:], **band)
     if first:
         panel.plot(xs[:2], mean[:2], linestyle=":", linewidth=1.3, **style)
         panel.vlines(xs[:2], low[:2], high[:2], color=f"C{i}", alpha=0.5)
