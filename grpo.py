@@ -261,7 +261,7 @@ def main(args: Args) -> None:
             run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
 
         rollouts.sync(policy)
-        run.collect({"frac_all_right": rewards.mean(1) == 1})
+        run.collect({"frac_all_right": (batch.rewards == 1).all(1)})
         run.log(batch)
     run.finish(rollouts)
 

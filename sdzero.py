@@ -52,7 +52,7 @@ from common.policy import (
 )
 from common.rollouts import Batch, Rollouts, check_fits, heldout_metrics
 from common.run import Run
-from common.settings import Flat, Setup, parse
+from common.settings import Flat, Setup, flat, parse, refused_change
 from common.sampler import Rollout
 from common.tasks import Problem, first_different, take
 from common.teacher import kl_by_place
@@ -126,6 +126,7 @@ BASELINES = {
 STAGES = (  # they decide which step uses which traces or questions: a resume must not change them
     "traces", "srt_questions", "kept_traces", "wrong_share", "per_question", "srt_epochs",
     "srt_batch", "sd_questions", "batch_size",
+    "srt_weight_decay",  # comes back with the optimizer's state
 )
 
 
@@ -195,6 +196,10 @@ class Trace(NamedTuple):
 
 
 COLLECT_BATCH = 256  # questions at a time; an interrupted collection resumes after the last batch
+COLLECTED = (  # the traces depend on these settings: a resumed collection must not change them
+    "baseline", "srt_questions", "inits", "revisions", "srt_temperature", "srt_top_p",
+    "srt_max_tokens",
+)
 
 
 def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, args: Args) -> None:
@@ -204,12 +209,19 @@ def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, a
     """
     starts = range(0, len(problems), COLLECT_BATCH)
     _, done, size = read_traces(path)
+    settings = flat(args)
+    for batch in done:
+        change = refused_change(batch["settings"], settings, COLLECTED)
+        require(
+            not change,
+            f"{path} was collected with {change}: give the old value, or another --name",
+        )
     if run.rank == 0 and path.exists():
         os.truncate(path, size)  # drop what an interrupted batch left behind
     require(
         run.first_step == 0 or len(done) == len(starts),
-        f"{path} does not hold all the traces that the checkpoint was trained on: give them with "
-        "--traces, or continue under that run's --name",
+        f"{path} does not hold all the traces that the checkpoint was trained on: copy that run's "
+        "traces.jsonl to this place, or continue under that run's --name",
     )
     order = {problem.id: i for i, problem in enumerate(problems)}
     for start in starts[len(done) :]:
@@ -222,7 +234,10 @@ def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, a
             found = [trace for traces, _ in parts for trace in traces]
             found.sort(key=lambda trace: order[trace.id])  # the same file for any number of ranks
             lengths = [length for _, spent in parts for length in spent]
-            closing = {"batch": start, "generations": len(lengths), "sampled_tokens": sum(lengths)}
+            closing = {
+                "batch": start, "generations": len(lengths), "sampled_tokens": sum(lengths),
+                "settings": settings,
+            }
             rows = [trace._asdict() for trace in found]
             with open(path, "a") as f:
                 f.writelines(json.dumps(row) + "\n" for row in [*rows, closing])
@@ -231,7 +246,7 @@ def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, a
 
 
 def collect_batch(problems: list[Problem], keys: range, rollouts: Rollouts,
-                  args: Args) -> tuple[list[Trace], list[int]]:
+                  args: Args) -> tuple[list, list]:
     """The traces of some questions, and the length in tokens of every response sampled for them."""
     if args.baseline == "sft":
         return [given_solution(problem, rollouts) for problem in problems], []
@@ -426,7 +441,7 @@ def main(args: Args) -> None:
     if args.phase != "srt":
         last += args.rounds * (len(sd_problems) // args.batch_size)
     require(
-        run.first_step <= last or args.setup.eval_only,
+        run.first_step <= last,
         f"{run.first_step} steps are done, and the settings ask for {last}: ask for more, or "
         "evaluate the checkpoint as --model with --eval_only",
     )
@@ -459,16 +474,19 @@ def train_reviser(run: Run, rollouts: Rollouts, policy: Policy, optimizer, trace
 
         rollouts.sleep()
         run.phase("update")
-        micros = micro_batches(prompts, responses, None, args.setup, run.device)
-        for micro in micros:
+        L_SRT = 0.0  # this rank's part
+        for micro in micro_batches(prompts, responses, None, args.setup, run.device):
             inputs = Inputs(per_token * micro.concat(weights))
             total, _ = policy(micro, srt_loss, inputs)
             total.backward()
-            run.collect({"srt/loss": [total.item() * run.world]})
+            L_SRT += total.item()
         lr = srt_lr(step, updates, args)
         run.collect(optimizer_step(policy, optimizer, lr, args.max_norm))
         # a token counts once per term of Eq. 3, as in App. C.2; the log averages over ranks
-        run.collect({"phase": [1], "budget/loss_tokens": [sum(map(sum, weights)) * run.world]})
+        run.collect({
+            "phase": [1], "srt/loss": [L_SRT * run.world],
+            "budget/loss_tokens": [sum(map(sum, weights)) * run.world],
+        })
         run.log()
     rollouts.sync(policy)
 
@@ -509,7 +527,14 @@ def distil(run: Run, rollouts: Rollouts, policy: Policy, teacher: Policy, optimi
         teacher.reshard()  # to be read, its embeddings and head were gathered
 
         rollouts.sync(policy)
-        run.collect(cost(batch, run.world) | {"phase": [2]})
+        # what the step costs over all ranks, as in App. C.2; the log averages over ranks
+        tokens = batch.lengths.sum().item() * run.world
+        run.collect({
+            "phase": [2],
+            "budget/generations": [args.batch_size],
+            "budget/sampled_tokens": [tokens],
+            "budget/loss_tokens": [2 * tokens],  # student and teacher
+        })
         run.log(batch, revising)
 
 
@@ -536,7 +561,7 @@ def check(args: Args, world: int) -> None:
     )
 
 
-def split_questions(train: list[Problem], args: Args) -> tuple[list[Problem], list[Problem]]:
+def split_questions(train: list[Problem], args: Args) -> tuple[list, list]:
     """The questions of phase 1 and of phase 2: disjoint, also when each phase runs alone."""
     wanted = args.srt_questions
     if args.phase != "srt":
@@ -555,7 +580,7 @@ def check_lengths(srt_problems: list[Problem], sd_problems: list[Problem], rollo
     """Check that prompts and responses fit the model's context. A response that is revised or
     taught is read a second time."""
     why = " (a response that is revised or taught is read twice)"
-    control = [{"role": "user", "content": CONTROL[0]}]  # P_r adds about as many tokens
+    control = [{"role": "assistant", "content": CONTROL[0]}]  # P_r adds about as many tokens
     if args.phase != "sd" and not args.traces and args.baseline != "sft":
         responses = 1 if args.baseline == "rft" else 2
         chats = [problem.messages + control for problem in srt_problems]
@@ -641,17 +666,6 @@ def diagnostics(stats: TokenStats, micro: Micro, batch: Batch, tokenizer) -> dic
     }
     out |= kl_by_place(stats.kl, micro, tokenizer)
     return out | mismatch(stats.logp, micro.concat(batch.sampler_logp))
-
-
-def cost(batch: Batch, world: int) -> dict[str, list[float]]:
-    """What a step of phase 2 costs over all ranks (App. C.2); times `world`, because the log
-    averages over ranks."""
-    tokens = batch.lengths.sum().item() * world
-    return {
-        "budget/generations": [len(batch.rollouts) * world],
-        "budget/sampled_tokens": [tokens],
-        "budget/loss_tokens": [2 * tokens],  # student and teacher
-    }
 
 
 if __name__ == "__main__":

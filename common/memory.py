@@ -85,7 +85,8 @@ def plan(args, lm: PreTrainedModel, rollouts, world: int, copies: int) -> str:
     if setup.shard == "all":
         shards = world
     mine = args.batch_size * getattr(args, "group_size", 1) // world  # rollouts
-    rows, vllm = min(setup.sampler_rows, mine), 0
+    evaluated = setup.heldout * setup.eval_samples // world  # rollouts of an evaluation
+    rows, vllm = min(setup.sampler_rows, max(mine, evaluated)), 0
     if setup.sampler == "vllm":
         rows, vllm = 0, int(setup.vllm_memory * gpu)
     longest = int(rollouts.longest)

@@ -142,7 +142,8 @@ class Rollouts:
         require(
             self.sampled <= self.sampler.context,
             f"a sequence of up to {self.sampled} tokens can exceed the {self.sampler.context} "
-            "tokens that the sampler has room for; lower --max_tokens, or raise --vllm_memory",
+            "tokens that the sampler has room for; lower --max_tokens (in phase 1 of sdzero.py "
+            "--srt_max_tokens), or raise --vllm_memory",
         )
 
     def sleep(self) -> None:
@@ -179,7 +180,8 @@ class Rollouts:
         self.longest = max(self.longest, longest + responses * most)
         if longest <= room:
             return
-        words = " ".join(worst[-1]["content"].split())[:40]
+        text = max((message["content"] for message in worst), key=len)
+        words = " ".join(text.split())[:40]
         raise SystemExit(
             f"error: the problem “{words} …”: a prompt of {longest} tokens and {responses} × "
             f"--{flag} {most} can exceed the model's context of {room + responses * most}{why}; "

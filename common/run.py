@@ -223,7 +223,7 @@ class Run:
             self.without_update < PATIENCE,
             f"{PATIENCE} steps in a row without an update, because no gradient was finite; the "
             f"last good checkpoint is {checkpoints.last(self.folder) or 'none'}: lower --lr "
-            "and go on with --resume auto",
+            "(in phase 1 of sdzero.py --srt_lr) and go on with --resume auto",
         )
 
     # ------------------------------------------------------------------------------------ the log
@@ -468,15 +468,16 @@ def remedies(run: Run) -> list[str]:
         found.append("lower --token_budget")
     elif setup.sampler == "vllm":
         found.append("lower --vllm_memory")
-    if phase in ("sample", "evaluate"):
-        found += ["lower --sampler_rows", "lower --max_tokens"]
+    if phase in ("collect", "sample", "evaluate"):
+        limit = "--srt_max_tokens" if phase == "collect" else "--max_tokens"
+        found += ["lower --sampler_rows", f"lower {limit}"]
     if phase == "update" and not setup.checkpointing:
-        found.append("add --checkpointing")
+        found.append("add --checkpointing and leave out --share_prompts")
     if setup.shard == "machine" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         found.append("add --shard all")
     if setup.lora_rank == 0:
         found.append("begin anew with --lora_rank 32")
-    return found
+    return found or ["take a smaller --model"]
 
 
 @contextmanager

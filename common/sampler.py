@@ -146,7 +146,7 @@ class HFSampler:
 
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, *,
                  rows: int = 128, blank: bool = False):
-        """rows: rollouts decoded at once (those of one prompt always are); limits the KV cache.
+        """rows: most rollouts decoded at once; limits the KV cache.
         blank: start without the file's weights, which `load` brings."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if blank:
@@ -196,13 +196,14 @@ class HFSampler:
         size = max(1, self.rows // n)  # prompts at a time
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            named = [keys[i] for i in part]
-            uniforms = random_streams(seed, named, n, max_tokens)
-            asked = [prompts[i] for i in part]
-            decoded = self.decode(asked, n, uniforms, temperature, top_p, top_k)
-            for row, (ids, logprobs) in enumerate(zip(*decoded)):
-                i = part[row // n]
-                groups[i].append(as_rollout(self, prompts[i], ids, logprobs))
+            for first in range(0, n, self.rows):  # more than once if n > rows
+                samples = range(first, min(first + self.rows, n))
+                uniforms = random_streams(seed, [keys[i] for i in part], samples, max_tokens)
+                asked = [prompts[i] for i in part]
+                decoded = self.decode(asked, len(samples), uniforms, temperature, top_p, top_k)
+                for row, (ids, logprobs) in enumerate(zip(*decoded)):
+                    i = part[row // len(samples)]
+                    groups[i].append(as_rollout(self, prompts[i], ids, logprobs))
         return groups
 
     def decode(self, prompts: Ids, n: int, uniforms: Tensor, temperature: float, top_p: float,
@@ -287,11 +288,11 @@ def state_of(lm: PreTrainedModel) -> dict[str, Tensor]:
     return dict(lm.named_parameters()) | saved_buffers(lm)
 
 
-def random_streams(seed: Sequence[int], keys: list[int], n: int, length: int) -> Tensor:
-    """[keys · n, length] uniform numbers: one stream for each sample of each key."""
+def random_streams(seed: Sequence[int], keys: list[int], samples: range, length: int) -> Tensor:
+    """[keys · samples, length] uniform numbers: one stream for each sample of each key."""
     numbers = []
     for key in keys:
-        for sample in range(n):
+        for sample in samples:
             stream = np.random.default_rng([*seed, key, sample])
             numbers.append(stream.random(length))
     return torch.from_numpy(np.stack(numbers))

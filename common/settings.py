@@ -101,6 +101,11 @@ def check_settings(args) -> None:
         most = SMALL.get(name, math.inf)
         require(value <= most, f"--{name} {value}: must be at most {most:g}")
     setup = args.setup
+    require(
+        not (setup.eval_only and setup.resume),
+        f"--eval_only evaluates --model: give the checkpoint as --model instead of --resume "
+        f"{setup.resume}",
+    )
     require(not setup.out.startswith("~"), f"--out {setup.out}: write ~ out, the shell did not")
     plain = Path(setup.name).name == setup.name and setup.name != ".."
     require(plain, f"--name {setup.name}: must be a folder's name, without slashes; see --out")
@@ -145,6 +150,7 @@ def installed(package: str) -> bool:
 FIXED = (
     "model", "lora_rank", "lora_alpha", "task", "heldout", "against", "fields", "kind",
     "bad_records", "gym_reward", "instruction", "thinking", "seed",
+    "weight_decay",  # comes back with the optimizer's state
 )
 # The machine, the log and the length of a run: a resume takes a change without a word. It prints a
 # change of any other setting.

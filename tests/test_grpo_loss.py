@@ -386,6 +386,20 @@ def test_a_step_whose_every_response_is_cut_off_leaves_the_weights_alone(tmp_pat
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_group_that_is_right_counts_as_right_whatever_its_lengths(tmp_path, monkeypatch):
+    """DAPO's length penalty lowers a reward; the answer stays right."""
+    begin = Batch.__post_init__
+
+    def all_right(batch: Batch) -> None:
+        begin(batch)
+        batch.rewards = torch.ones_like(batch.rewards)
+
+    monkeypatch.setattr(Batch, "__post_init__", all_right)
+    run(tmp_path, "--name", "r", "--loss", "dapo", "--dynamic_sampling", "0", "--minibatches", "1", "--steps", "1",
+        "--group_size", "2", "--batch_size", "2", "--max_tokens", "8", "--warmup", "0")
+    assert metrics(tmp_path / "r")[0]["frac_all_right"] == 1
+
+
 @pytest.mark.parametrize("rounds, chosen", [
     (["-+-+"], [0, 1, 2, 3]), (["-+-", "++-"], [1, 3, 4]), (["-+-", "+--"], [0, 1, 3]),  # an equal group fills the share
     (["+++", "unused"], [0, 1, 2])])

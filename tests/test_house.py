@@ -17,7 +17,7 @@ MOST = {  # of what tests/text_rules.py counts, in a method file and in common/
 }
 METHOD_TOKENS, SDZERO_TOKENS = 3000, 4500
 ROOMS = {  # place → its files, and their tokens at most
-    "common/": (["run", "settings", "checkpoints", "log", "rollouts", "policy", "microbatches", "sampler"], 16_850),
+    "common/": (["run", "settings", "checkpoints", "log", "rollouts", "policy", "microbatches", "sampler"], 16_930),
     "common/, the report": (["report"], 900),
     "common/, what a teacher is worth": (["teacher"], 580),
     "common/, what is computed": (["work"], 770),

@@ -12,6 +12,7 @@ import torch
 from conftest import CHAIN, ROOT
 from test_recipes import many, problems, processes, vllm
 
+import grpo
 from common import memory, rollouts
 from common.architecture import empty_lm
 from common.policy import Policy, add_adapters, frozen_copy, load_policy, local, make_optimizer
@@ -91,6 +92,15 @@ def test_the_sum_stands_as_the_results_have_it():
 
 def test_the_tables_of_the_docs_are_what_the_script_prints():
     assert bench.tables(COUNTED) in PAGE
+
+
+def test_an_evaluation_larger_than_a_step_counts(monkeypatch):
+    monkeypatch.setattr(memory, "report", lambda lm, load, gpu: load)
+    flags = ["--demo", "--batch_size", "1", "--group_size", "4", "--heldout", "64", "--eval_samples", "1", "--sampler_rows"]
+    there = SimpleNamespace(longest=100, sampled=100)
+    for rows, counted in ((32, 32), (128, 64)):
+        args = parse(grpo.Args, grpo.presets, [*flags, str(rows)])
+        assert memory.plan(args, empty_lm(CHAIN), there, 1, 0).rows == counted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

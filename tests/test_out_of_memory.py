@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from torch.distributed.tensor import DTensor
 import grpo
 from common import checkpoints, policy
 from common.rollouts import Rollouts
-from common.run import last_words, out_of_memory
+from common.run import last_words, out_of_memory, remedies
 from common.sampler import HFSampler
+from common.settings import Setup
 
 TINY = ["--demo", "--model", CHAIN, "--batch_size", "2", "--group_size", "4", "--heldout", "2", "--max_tokens", "16",
         "--eval_every", "9", "--eval_samples", "1", "--steps", "3", "--save_every", "1", "--beta", "0.04", "--name", "r"]
@@ -37,11 +39,20 @@ def planted(function, folder: Path):
 PLACES = {  # phase → where, and what is to be lowered, in order
     "sample": (HFSampler, "sample", "lower --sampler_rows, then lower --max_tokens, then begin anew with --lora_rank 32"),
     "score": (grpo, "score", "lower --token_budget, then begin anew with --lora_rank 32"),
-    "update": (grpo, "loss", "lower --token_budget, then add --checkpointing, then begin anew with --lora_rank 32"),
+    "update": (grpo, "loss", "lower --token_budget, then add --checkpointing and leave out --share_prompts, then begin anew with --lora_rank 32"),
     "sync": (HFSampler, "load", "begin anew with --lora_rank 32"),
     "save": (checkpoints, "save_model", "begin anew with --lora_rank 32"),
     "save, inside the library": (FileSystemWriter, "write_data", "begin anew with --lora_rank 32"),
 }
+
+
+@pytest.mark.parametrize("phase", ["start", "collect", "sample", "evaluate", "score", "update", "sync", "save", "verify"])
+def test_there_is_always_something_to_lower(phase):
+    """With adapters too; and never a flag that the others forbid."""
+    setup = Setup(lora_rank=8, share_prompts=True, checkpointing=False)
+    told = remedies(SimpleNamespace(setup=setup, current=phase))
+    assert told and "add --checkpointing" not in told
+    assert ("lower --srt_max_tokens" in told) == (phase == "collect")
 
 
 @pytest.mark.parametrize("phase", PLACES)

@@ -46,6 +46,24 @@ def some_rollouts(count: int, n: int = 2, max_tokens: int = 24):
     return sampler, [o for g in groups for o in g]
 
 
+def test_a_group_larger_than_the_rows_is_decoded_in_parts(monkeypatch):
+    """The rows are what limits the memory; what is sampled does not depend on them."""
+    tokenizer = load_tokenizer(CHAIN)
+    prompts = [chat_ids(tokenizer, p.messages) for p in load_task("chain", heldout=8).train[:2]]
+    decode, counts, found = HFSampler.decode, [], []
+
+    def counted(sampler, prompts, n, *rest):
+        counts.append(len(prompts) * n)
+        return decode(sampler, prompts, n, *rest)
+
+    monkeypatch.setattr(HFSampler, "decode", counted)
+    for rows in (3, 128):
+        sampler = HFSampler(CHAIN, tokenizer, CPU, rows=rows)
+        groups = sampler.sample(prompts, 8, seed=(0, 0), keys=range(2), max_tokens=24)
+        found.append([o.response_ids for group in groups for o in group])
+    assert counts == [3, 3, 2, 3, 3, 2, 16] and found[0] == found[1]
+
+
 def log_likelihood(stats: TokenStats, _) -> torch.Tensor:
     return stats.logp
 

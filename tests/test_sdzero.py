@@ -17,6 +17,8 @@ from common.chat import load_tokenizer
 from common.sampler import Rollout
 from common.settings import parse
 from common.tasks import Problem, load_task
+from common.tasks.lazy import Lazy, picked
+from common.tasks.mixtures import blend
 from common.verifiers.pool import Verifier
 from common.verifiers.thoughts import final_part
 
@@ -217,6 +219,23 @@ def whole(tmp_path_factory, small_batches):
     return out / "whole"
 
 
+def test_both_phases_have_a_mixtures_proportions():
+    """Also if its problems are made as they are needed, part after part."""
+    made = [Lazy(100, lambda i, name=name: Problem(f"{name}{i}", [])) for name in "ab"]
+    places = blend([3.0, 1.0], [[(k, i) for i in range(100)] for k in (0, 1)])
+    args = sdzero.Args(srt_questions=40, sd_questions=60)
+    for phase in sdzero.split_questions(picked(made, places), args):
+        assert sum(p.id[0] == "a" for p in phase) == pytest.approx(0.75 * len(phase), abs=1)
+
+
+def test_the_logged_loss_of_phase_1_does_not_depend_on_the_micro_batches(tmp_path):
+    first = []
+    for budget in ("200", "100000"):
+        run(tmp_path, "--name", budget, "--phase", "srt", "--token_budget", budget)
+        first.append(metrics(tmp_path / budget)[0]["srt/loss"])
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
 def updates(folder) -> int:
     return sum(row["phase"] == 1 for row in metrics(folder) if "phase" in row)
 
@@ -300,6 +319,18 @@ def test_a_kill_in_the_middle_of_the_collection_goes_on_where_it_stopped(whole, 
     run(tmp_path, *flags, "--resume", "auto")
     assert asked == [0, 2, 4, 4, 6]
     assert path.read_bytes().startswith(kept) and path.read_bytes() == (whole / "traces.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("flag, old, new", [("--revisions", "3", "8"), ("--srt_questions", "8", "9"),
+                                            ("--srt_max_tokens", "2", "32")])
+def test_a_collection_goes_on_with_its_own_settings_only(flag, old, new, tmp_path):
+    flags = ["--name", "changed", "--srt_max_tokens", "2"]
+    with pytest.raises(SystemExit, match="no trace is left"):
+        run(tmp_path, *flags)
+    torch.distributed.destroy_process_group()
+    with pytest.raises(SystemExit, match=f"was collected with {flag} {old}, not {new}: give the old value, or another --name"):
+        run(tmp_path, *flags, flag, new, "--resume", "auto")
+    torch.distributed.destroy_process_group()
 
 
 def test_traces_of_another_run_are_used_as_they_are(whole, tmp_path):

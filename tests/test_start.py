@@ -97,6 +97,7 @@ def test_no_number_may_be_negative_or_infinite_and_no_count_may_be_0(name):
     (["--name", "/tmp"], "--name /tmp: must be a folder's name"), (["--name", "."], "--name .: must be a folder's name"),
     (["--out", "~/runs"], "--out ~/runs: write ~ out"),
     (["--tensor_parallel", "2"], "needs --sampler vllm, to share an engine"),
+    (["--eval_only", "--resume", "auto"], "give the checkpoint as --model instead of --resume auto"),
     (["--lora_alpha", "0"], "--lora_alpha 0.0: must be above 0"),
     (["--track", "trackio"], "--track trackio: the package is not installed; pip install trackio"),
 ], ids=lambda x: "" if isinstance(x, str) else " ".join(x))
@@ -383,7 +384,7 @@ def resumed(trained, *flags: str) -> list[str]:
 
 @pytest.mark.parametrize("flags, old, new", [
     (["--lora_rank", "8"], "4", "8"), (["--lora_alpha", "16"], "32.0", "16.0"), (["--seed", "1"], "0", "1"),
-    (["--task", "chain:4"], "'chain'", "'chain:4'"),
+    (["--task", "chain:4"], "'chain'", "'chain:4'"), (["--weight_decay", "0.1"], "0.0", "0.1"),
     (["--heldout", "8"], "4", "8"), (["--instruction", "Answer."], "None", "'Answer.'"),
     (["--model", "COPY"], repr(CHAIN), "COPY")], ids=lambda x: x[0] if isinstance(x, list) else "")
 def test_a_resume_with_a_setting_of_another_run_names_both_values(flags, old, new, trained, tmp_path):

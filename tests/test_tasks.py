@@ -92,6 +92,17 @@ def test_a_blend_keeps_every_problem_and_the_proportions(parts):
         assert abs(sum(x[0] == k for x in mixed) - w * scale) <= 0.5 + 1e-9
 
 
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40)), min_size=1, max_size=4))
+def test_every_beginning_of_a_blend_has_the_proportions(parts):
+    """SD-Zero takes its phases from the front."""
+    lists = [[k] * n for k, (_, n) in enumerate(parts)]
+    mixed = blend([float(w) for w, _ in parts], lists)
+    for k in range(len(parts)):
+        share = mixed.count(k) / len(mixed)
+        for end in range(1, len(mixed), 7):
+            assert abs(mixed[:end].count(k) - share * end) <= len(parts)
+
+
 @pytest.mark.parametrize("spec, parts", [
     ("gsm8k", [(1.0, "gsm8k")]), ("0.8*gsm8k+0.2*mbpp", [(0.8, "gsm8k"), (0.2, "mbpp")]),
     ("4*jsonl:a+b.jsonl + 1*hf:x/y:main@test", [(4.0, "jsonl:a+b.jsonl"), (1.0, "hf:x/y:main@test")]),

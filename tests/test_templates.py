@@ -359,6 +359,18 @@ def test_every_method_checks_the_texts_of_its_problems_in_a_dry_run(method, fold
             "--heldout", "2")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_needs_two_turns_of_the_user_in_a_row(method, folder, tmp_path):
+    """Some templates refuse such chats."""
+    alternate = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+                 "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}")
+    path = folder(build(alternate + CHATML), rows=260)
+    rows = [{"question": f"What is {i}?", "answer": "7", "solution": "7"} for i in range(20)]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    counts = ["--srt_questions", "4", "--sd_questions", "4", "--batch_size", "2"] if method == "sdzero" else []
+    run(method, tmp_path, "--dry_run", "--model", path, "--task", f"jsonl:{tmp_path}/set.jsonl", "--heldout", "2", *counts)
+
+
 # --------------------------------------------------------------------------------------------------
 # control tokens in texts that are shown to a teacher
 # --------------------------------------------------------------------------------------------------

@@ -347,16 +347,13 @@ def in_hash_order(problems: list[Problem]) -> list[Problem]:
 
 
 def first_different(problems: Sequence[Problem], count: int) -> list[Problem]:
-    """The first `count` different problems in hash order, or all if there are fewer. A lazy list,
-    whose parts have that order, gives its first ones."""
-    if not isinstance(problems, Lazy):
-        different = {problem.id: problem for problem in problems}
-        return in_hash_order(list(different.values()))[:count]
+    """The first `count` different problems, or all if there are fewer: a small part of a mixture
+    repeats."""
     different = {}
     for problem in problems:
         if len(different) == count:
             break
-        different[problem.id] = problem
+        different.setdefault(problem.id, problem)
     return list(different.values())
 
 

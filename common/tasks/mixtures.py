@@ -26,21 +26,23 @@ def mixture(spec: str) -> list[tuple[float, str]]:
 
 def blend(weights: list[float], lists: list[list]) -> list:
     """The lists in proportion to their weights, none cut: a small list repeats if its weight is
-    large.
+    large. They are interleaved, so every beginning of the result has these proportions too.
 
     >>> "".join(blend([3, 1], ["ab", "xy"]))
-    'abababxy'
+    'abxabayb'
     """
     sizes = [len(part) / weight for weight, part in zip(weights, lists)]
     size = max(sizes)
     total = round(sum(weights) * size)
     require(total < 10**7, f"--task: with these weights a pass over all problems has {total:,} "
             "questions; bring the weights nearer to the sizes of the sets")
-    out = []
-    for weight, part in zip(weights, lists):
+    rows = []
+    for k, (weight, part) in enumerate(zip(weights, lists)):
         count = round(weight * size)
-        out += [part[i % len(part)] for i in range(count)]
-    return out
+        for i in range(count):
+            rows.append(((i + 0.5) / count, k, part[i % len(part)]))
+    rows.sort(key=lambda row: row[:2])
+    return [item for _, _, item in rows]
 
 
 def question(problem: Problem) -> str:
