@@ -484,24 +484,29 @@ ON_VLLM = {"llama", "qwen3", "qwen3_moe", "mixtral", "glm4_moe"}  # of tests/vll
 
 PAGE = """# Which models can be trained
 
-Any causal language model of transformers can be given as `--model`. It trains right, or the run
-ends at start with one line of why. `--dry_run` says so too, if the configuration tells; it does not
-read the weights. The tables are made from those of a test,
+`--model` takes any causal language model of transformers. Either the model trains correctly, or the run
+ends at start with one line that says why. `--dry_run` says so too if the configuration alone shows it,
+because a dry run reads no weights.
 
     python tests/test_architectures.py > docs/models.md
 
-and the test holds every cell: for a tiny random model of each family, with random buffers, it
-takes prompts and responses of different length, longer than the windows. It compares the log-probabilities
-of the sampler (1e-4), of shared prompts (gradients too), of the sampler after an update and a sync,
-and of the saved checkpoint opened again (1e-5), the last two with LoRA too. On a CPU, in fp32: the
-kernels that recurrent models have on CUDA are not tested. Small models do not prove that a large
-checkpoint learns; they prove that no number is lost on the way.
+makes the tables below, and the test behind that command holds every cell. For a tiny random model of
+each family, with random buffers, it takes prompts and responses of different lengths, longer than the
+windows. It compares the policy's log-probabilities with
+
+- the sampler's (within 1e-4),
+- those of shared prompts, gradients too,
+- the sampler's after an update and a sync (also with LoRA),
+- those of the saved checkpoint, opened again (within 1e-5, also with LoRA).
+
+All of this runs on a CPU in fp32, so the kernels that recurrent models have on CUDA are not tested.
+Small models do not prove that a large checkpoint learns. They prove that no number is lost on the way.
 
 ## Accepted
 
-- **`--sampler hf`** works with each family below that has a yes. **vLLM**: "yes" stands where
-  `tests/vllm/test_families.py` compares the engine with the policy on a CPU. For all other families
-  each run compares the two at start, and ends if the engine is not the policy.
+- **`--sampler hf`** works with each family below that has a yes.
+- **`--sampler vllm`**: "yes" means that `tests/vllm/test_families.py` compares the engine with the
+  policy on a CPU. With any other family the run compares the two at start, and ends if they differ.
 - **`--share_prompts`** works if all layers are full or sliding attention. Recurrent layers, linear
   attention and convolutions cannot go on from a prompt that was read before.
 - **LoRA** adapts all linear layers but the head, GPT-2's `Conv1D` too. Experts and routers of a
@@ -522,7 +527,7 @@ checkpoint learns; they prove that no number is lost on the way.
 Refused as well, whatever the family: quantized weights, a checkpoint without some of its weights,
 a configuration that ties the head to an embedding from which it differs, attention to later tokens,
 and a configuration that transformers will not save. A `generation_config.json` with a temperature but
-without `do_sample` is mended.
+without `do_sample` is corrected.
 """
 
 
