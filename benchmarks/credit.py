@@ -1,6 +1,6 @@
 """Where each method puts its credit: the same responses under the five files, as one HTML page.
 
-    make look                                                        # the newest run, or assets/chain
+    make look    # the newest run, or assets/chain
     python benchmarks/credit.py runs/NAME/checkpoints/step_000100
     python benchmarks/credit.py MODEL --task gsm8k --max_tokens 512
 
@@ -79,7 +79,9 @@ READERS = {
     "answer": Reader("the answer", hsd.divergence(HSD), "KL(q‖π), Eq. 13"),
     "peer": Reader("a successful peer", hsd.divergence(HSD), "KL(q‖π), Eq. 13"),
     "both": Reader("the answer and a successful peer", hsd.divergence(HSD), "KL(q‖π), Eq. 13"),
-    "reviser": Reader("its own response and the verdict", sdzero.divergence(SDZERO), "KL(π‖q), Eq. 4"),
+    "reviser": Reader(
+        "its own response and the verdict", sdzero.divergence(SDZERO), "KL(π‖q), Eq. 4"
+    ),
 }
 
 
@@ -109,7 +111,8 @@ ROWS = (
     Row("HSD", "A_t peer", "signed", "peer",
         "How much likelier the sampled token is beside a successful peer (Eq. 2)."),
     Row("HSD", "A_t both", "signed", "both",
-        "How much likelier the sampled token is with answer and peer, the paper's context (Eq. 2, 9)."),
+        "How much likelier the sampled token is with answer and peer, the paper's context "
+        "(Eq. 2, 9)."),
     Row("SD-Zero", "KL", "kl", "reviser",
         "How far the student is from the reviser, who has read the whole response (Eq. 4)."),
 )
@@ -161,7 +164,8 @@ def checkpoint(args: Args) -> tuple[str, dict]:
     """The model's path and the settings that it was trained with, if it is a run's checkpoint."""
     path = args.model
     if not path:
-        found = sorted((ROOT / "runs").glob("*/checkpoints/step_*"), key=lambda p: p.stat().st_mtime)
+        found = list((ROOT / "runs").glob("*/checkpoints/step_*"))
+        found.sort(key=lambda checkpoint: checkpoint.stat().st_mtime)
         path = str([ROOT / "assets" / "chain", *found][-1])
     trainer = Path(path) / "trainer.json"
     if trainer.exists():
@@ -205,8 +209,8 @@ def mixed_groups(rollouts: Rollouts, args: Args) -> Batch:
     chosen = [*best, *enough][: args.questions]
     require(
         chosen,
-        f"no group of {args.group_size} has right and wrong responses to {len(problems)} questions: "
-        "take easier or harder problems, or raise --search or --group_size",
+        f"no group of {args.group_size} has right and wrong responses to {len(problems)} "
+        "questions: take easier or harder problems, or raise --search or --group_size",
     )
     return Batch(chosen)
 
@@ -257,8 +261,7 @@ def choose(batch: Batch, peers: list[int | None]) -> list[list[Shown]]:
 @torch.no_grad()
 def read(policy: Policy, batch: Batch, prompts: list[list[int]], kept: list[bool], reader: Reader,
          rollouts: Rollouts) -> dict[int, Reading]:
-    """Rollout of the batch → its Reading behind its prompt; rollouts that are not kept are left out.
-    """
+    """Rollout of the batch → its Reading behind its prompt, for the rollouts that are kept."""
     settings = rollouts.args
     found = {}
     device = rollouts.run.device

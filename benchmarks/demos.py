@@ -1,12 +1,12 @@
 """Every file's --demo, and the variants that the pages mention, on three seeds.
 
-    python benchmarks/demos.py                   # the five files: half an hour on two cores, two runs at a time
+    python benchmarks/demos.py                   # the five files: half an hour on two cores
     python benchmarks/demos.py --only hsd-live   # one of RUNS
-    python benchmarks/demos.py --time            # how long the longest take, alone on a quiet machine
+    python benchmarks/demos.py --time            # how long the longest take, on a quiet machine
 
-Writes results/demo/NAME.json (held-out pass@1 at every evaluation, seconds, entropy and length of each seed),
-results/demo/NAME.png (the curves of the first seed) and results/demo/table.md of all results there; with --time,
-results/demo/seconds.json.
+Writes to results/demo: NAME.json (held-out pass@1 at every evaluation, seconds, entropy and length
+of each seed), NAME.png (the curves of the first seed) and table.md of all results there. With
+--time it writes seconds.json alone.
 """
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,16 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "results" / "demo"
 FILES = ("grpo", "rlsd", "sdpo", "hsd", "sdzero")
-RUNS = {**{file: f"{file}.py --demo" for file in FILES},
-        "hsd-live": "hsd.py --demo --teacher live", "hsd-ema": "hsd.py --demo --teacher ema",
-        "hsd-reverse": "hsd.py --demo --kl reverse --lr 1e-4", "sdzero-srt": "sdzero.py --demo --phase srt",
-        "sdzero-sd": "sdzero.py --demo --phase sd"}
+RUNS = {
+    **{file: f"{file}.py --demo" for file in FILES},
+    "hsd-live": "hsd.py --demo --teacher live",
+    "hsd-ema": "hsd.py --demo --teacher ema",
+    "hsd-reverse": "hsd.py --demo --kl reverse --lr 1e-4",
+    "sdzero-srt": "sdzero.py --demo --phase srt",
+    "sdzero-sd": "sdzero.py --demo --phase sd",
+}
 TIMED = ["hsd.py --demo", "sdzero.py --demo"]  # the longest
 
 
@@ -42,58 +48,101 @@ class Args:
     time: bool = False  # instead time the demos, one after the other, each with all threads
 
 
-def demo(name: str, seed: int, args: Args, out: str) -> dict:
-    start = time.perf_counter()
-    command = [sys.executable, *RUNS[name].split(), "--seed", str(seed), "--out", out, "--name", f"{name}-s{seed}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    seconds = time.perf_counter() - start
-    folder = Path(out) / f"{name}-s{seed}"
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = lambda key: [[row["step"], row[key]] for row in rows if key in row]
-    if seed == args.seeds[0]:
-        shutil.copy(folder / "curves.png", ROOT / "results" / "demo" / f"{name}.png")
-    found = curve("heldout/pass@1")
-    print(f"{name}, seed {seed}: {found[0][1]:.3f} → {found[-1][1]:.3f} in {seconds:.0f} s", flush=True)
-    return {"seed": seed, "seconds": seconds, "heldout": found, "phases": sorted({r["phase"] for r in rows if "phase" in r}),
-            "entropy": curve("entropy")[:: max(1, len(rows) // 10)], "length": curve("length/mean")[:: max(1, len(rows) // 10)],
-            "mismatch/max_abs_dlogp": max((v for _, v in curve("mismatch/max_abs_dlogp")), default=None)}
-
-
-def main(args: Args) -> int | None:
-    out = ROOT / "results" / "demo"
-    out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+def main(args: Args) -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = f"{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()})"
     if args.time:
-        seconds = {}
-        for command in TIMED:
-            with tempfile.TemporaryDirectory() as runs:
-                start = time.perf_counter()
-                subprocess.run([sys.executable, *command.split(), "--out", runs], cwd=ROOT, capture_output=True, check=True)
-                seconds[f"python {command}"] = round(time.perf_counter() - start, 1)
-            print(f"{command}: {seconds[f'python {command}']} s", flush=True)
-        found = {"commit": commit.strip(), "hardware": machine, "seconds": seconds}
-        return (out / "seconds.json").write_text(json.dumps(found, indent=1))
-    files = args.only.split(",") if args.only else FILES
-    with tempfile.TemporaryDirectory() as runs, ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {(f, s): pool.submit(demo, f, s, args, runs) for s in args.seeds for f in files}
-        for f in files:
-            results = [jobs[f, s].result() for s in args.seeds]
-            (out / f"{f}.json").write_text(json.dumps({
-                "command": f"python {RUNS[f]} --seed SEED", "commit": commit.strip(),
-                "hardware": f"{machine}, {args.jobs} runs at a time, {args.threads} thread(s) each", "runs": results}, indent=1))
-    lines = ["| command | start | end, by seed | gain, least |", "|---|---|---|---|"]
-    for f in RUNS:
-        if (out / f"{f}.json").exists():
-            runs = json.loads((out / f"{f}.json").read_text())["runs"]
-            first, last = ([r["heldout"][i][1] for r in runs] for i in (0, -1))
-            lines.append(f"| `{RUNS[f]}` | {sum(first) / len(first):.3f} | {' '.join(f'{x:.3f}' for x in last)} | "
-                         f"{min(b - a for a, b in zip(first, last)):+.3f} |")
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+        found = {"commit": commit, "hardware": machine, "seconds": time_demos()}
+        (OUT / "seconds.json").write_text(json.dumps(found, indent=1))
+        return
+    threads = f"{args.jobs} runs at a time, {args.threads} thread(s) each"
+    for name, results in run_all(args):
+        found = {
+            "command": f"python {RUNS[name]} --seed SEED", "commit": commit,
+            "hardware": f"{machine}, {threads}", "runs": results,
+        }
+        (OUT / f"{name}.json").write_text(json.dumps(found, indent=1))
+    lines = table()
+    (OUT / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def time_demos() -> dict[str, float]:
+    seconds = {}
+    for command in TIMED:
+        with tempfile.TemporaryDirectory() as runs:
+            line = [sys.executable, *command.split(), "--out", runs]
+            start = time.perf_counter()
+            subprocess.run(line, cwd=ROOT, capture_output=True, check=True)
+            took = round(time.perf_counter() - start, 1)
+        print(f"{command}: {took} s", flush=True)
+        seconds[f"python {command}"] = took
+    return seconds
+
+
+def run_all(args: Args) -> Iterator[tuple[str, list[dict]]]:
+    """Each name and its results, a seed each, as soon as they are there."""
+    names = args.only.split(",") if args.only else FILES
+    with tempfile.TemporaryDirectory() as runs, ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {}
+        for seed in args.seeds:
+            for name in names:
+                jobs[name, seed] = pool.submit(demo, name, seed, args, runs)
+        for name in names:
+            yield name, [jobs[name, seed].result() for seed in args.seeds]
+
+
+def demo(name: str, seed: int, args: Args, out: str) -> dict:
+    folder = Path(out) / f"{name}-s{seed}"
+    command = [sys.executable, *RUNS[name].split(), "--seed", str(seed)]
+    command += ["--out", out, "--name", folder.name]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    if seed == args.seeds[0]:
+        shutil.copy(folder / "curves.png", OUT / f"{name}.png")
+    result = {"seed": seed, "seconds": seconds, **result_of(folder)}
+    first, last = result["heldout"][0][1], result["heldout"][-1][1]
+    print(f"{name}, seed {seed}: {first:.3f} → {last:.3f} in {seconds:.0f} s", flush=True)
+    return result
+
+
+def result_of(folder: Path) -> dict:
+    """What NAME.json keeps of a run: curves as [step, value]."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    curve = lambda key: [[row["step"], row[key]] for row in rows if key in row]
+    every = max(1, len(rows) // 10)
+    mismatch = [value for _, value in curve("mismatch/max_abs_dlogp")]
+    return {
+        "heldout": curve("heldout/pass@1"),
+        "phases": sorted({row["phase"] for row in rows if "phase" in row}),
+        "entropy": curve("entropy")[::every],
+        "length": curve("length/mean")[::every],
+        "mismatch/max_abs_dlogp": max(mismatch, default=None),
+    }
+
+
+def table() -> list[str]:
+    """A line for each of RUNS that has results."""
+    lines = ["| command | start | end, by seed | gain, least |", "|---|---|---|---|"]
+    for name, command in RUNS.items():
+        path = OUT / f"{name}.json"
+        if not path.exists():
+            continue
+        scores = [run["heldout"] for run in json.loads(path.read_text())["runs"]]
+        first = [curve[0][1] for curve in scores]
+        last = [curve[-1][1] for curve in scores]
+        start = sum(first) / len(first)
+        ends = " ".join(f"{score:.3f}" for score in last)
+        least = min(b - a for a, b in zip(first, last))
+        lines.append(f"| `{command}` | {start:.3f} | {ends} | {least:+.3f} |")
+    return lines
 
 
 if __name__ == "__main__":

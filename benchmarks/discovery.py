@@ -1,4 +1,4 @@
-"""Test-time self-distillation (SDPO §5): learn on one hard problem at a time until an attempt passes.
+"""Test-time self-distillation (SDPO §5): learn on one hard problem until an attempt passes.
 
 Two baselines get the same budget of attempts: best-of-k samples the initial policy again and again;
 multi-turn samples it once per turn, with the feedback on its earlier attempts in the prompt, the
@@ -105,7 +105,9 @@ class Learner:
         run.phase("update")
         old_logp = None
         if args.minibatches > 1:
-            old_logp = score(self.policy, batch.prompts, batch.responses, args.setup, args.temperature)
+            old_logp = score(
+                self.policy, batch.prompts, batch.responses, args.setup, args.temperature
+            )
         for part in batch.minibatches(args.minibatches):
             weight = sdpo.token_weights(batch.lengths, kept & part, args)
             for micro in micro_batches(hinted, batch.responses, weight > 0, args.setup, run.device):
@@ -188,8 +190,9 @@ class Store:
         }
         if path.exists():
             held = json.loads(path.read_text())
-            same = all(held[name] == self.data[name] for name in ("budget", "seeds", "tries", "most"))
-            require(same, f"{path} holds trials with other settings; give another --name")
+            for name in ("budget", "seeds", "tries", "most"):
+                same = held[name] == self.data[name]
+                require(same, f"{path} holds trials with other settings; give another --name")
             self.data = held
 
     def keep(self, **more) -> None:
@@ -370,7 +373,8 @@ def table_of(curves: dict[str, np.ndarray]) -> str:
             cells.append(f"{mean[k - 1]:.2f} ({low[k - 1]:.2f} to {high[k - 1]:.2f})")
         for share in shares:
             least, ratio, most = speedup(curves, method, share)
-            cells.append("" if method == "best-of-k" else f"{ratio:.1f} ({least:.1f} to {most:.1f})")
+            fewer = f"{ratio:.1f} ({least:.1f} to {most:.1f})"
+            cells.append("" if method == "best-of-k" else fewer)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

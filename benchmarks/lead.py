@@ -44,12 +44,15 @@ def points(folder: Path) -> list[dict]:
 
 
 def points_of_demos(results: Path) -> list[dict]:
-    """The same of the demos. A file with several kinds of hints has the mean lead of all answers."""
+    """The same of the demos. A file with several kinds of hints has the mean lead of all its
+    answers."""
     found = []
     for file, method in (("rlsd", "RLSD"), ("sdpo", "SDPO"), ("hsd", "HSD"), ("sdzero", "SD-Zero")):
-        measured = json.loads((results / "teacher" / f"{file}-chain-chain" / "summary.json").read_text())
-        hinted = [row for row in measured["rows"] if "lead" in row]
-        leads, counts = [row["lead"]["mean"] for row in hinted], [row["answers"] for row in hinted]
+        summary = results / "teacher" / f"{file}-chain-chain" / "summary.json"
+        rows = json.loads(summary.read_text())["rows"]
+        hinted = [row for row in rows if "lead" in row]
+        leads = [row["lead"]["mean"] for row in hinted]
+        counts = [row["answers"] for row in hinted]
         runs = json.loads((results / "demo" / f"{file}.json").read_text())["runs"]
         scores = [[value for _, value in run["heldout"]] for run in runs]
         found.append(point("demo", method, np.average(leads, weights=counts), scores))
@@ -69,7 +72,10 @@ def main() -> None:
     out = ROOT / "results" / "compare"
     found = points_of_demos(ROOT / "results") + points(out)
     (out / "lead.json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = ["| model and task | method | teacher's lead | gain, lowest and highest seed |", "|---|---|---|---|"]
+    lines = [
+        "| model and task | method | teacher's lead | gain, lowest and highest seed |",
+        "|---|---|---|---|",
+    ]
     for p in sorted(found, key=lambda p: (p["grid"], -p["lead"])):
         lines.append(
             f"| {MODELS[p['grid']]} | {p['method']} | {p['lead']:+.2f} "
@@ -86,7 +92,8 @@ def draw(found: list[dict], path: Path) -> None:
         mine = [p for p in found if p["grid"] == grid]
         if not mine:
             continue
-        x, y = [p["lead"] for p in mine], [p["gain"] for p in mine]
+        x = [p["lead"] for p in mine]
+        y = [p["gain"] for p in mine]
         bars = [[p["gain"] - p["least"] for p in mine], [p["most"] - p["gain"] for p in mine]]
         axis.errorbar(x, y, bars, fmt="^osD"[i], color=f"C{i}", capsize=2, label=title)
         for p in mine:

@@ -1,6 +1,8 @@
-"""sdpo.py with a right response as its own demonstration, which the paper's Table 2 caption allows and its code forbids.
+"""sdpo.py with a right response as its own demonstration.
 
     python benchmarks/own_hint.py --demo
+
+The caption of the paper's Table 2 allows this, its code forbids it.
 """
 import sys
 from pathlib import Path

@@ -31,7 +31,9 @@ from benchmarks.compare import execute, rows_of
 from benchmarks.evaluate import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("heldout/pass@1", "entropy", "teacher/entropy", "kl", "kl_ref", "length/mean", "frac_truncated")
+KEPT = (
+    "heldout/pass@1", "entropy", "teacher/entropy", "kl", "kl_ref", "length/mean", "frac_truncated",
+)
 
 
 @dataclass

@@ -1,12 +1,12 @@
-"""What the SD-Zero paper reports of a run: its budget (App. C.2), phrases of self-revision (Fig. 6) and
-self-localisation (Fig. 4).
+"""What the SD-Zero paper reports of a run: budget, phrases of self-revision, self-localisation.
 
     python sdzero.py --demo --name zero
     python benchmarks/revision.py runs/zero
 
-Prints the budget and the rate of phrases; writes revision.json, self_localisation.json and
-self_localisation.png into the run's folder. Self-localisation is measured at the start of phase 2, when
-student and teacher are both θ_SRT, which the run's last checkpoint holds.
+Prints the budget (App. C.2) and the rate of phrases (Fig. 6); writes revision.json,
+self_localisation.json and self_localisation.png (Fig. 4) into the run's folder. Self-localisation
+is measured at the start of phase 2, when student and teacher are both θ_SRT, which the run's last
+checkpoint holds.
 """
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ class Args:
 
 
 def main(args: Args) -> None:
-    require((args.run / "args.json").exists(), f"{args.run} is no run's folder: it has no args.json")
-    settings = json.loads((args.run / "args.json").read_text())
+    path = args.run / "args.json"
+    require(path.exists(), f"{args.run} is no run's folder: it has no args.json")
+    settings = json.loads(path.read_text())
     lines = (args.run / "metrics.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
     traces, batches, _ = sdzero.read_traces(traces_file(args.run, settings))
@@ -85,8 +86,8 @@ def traces_file(run: Path, settings: dict) -> Path:
 # --------------------------------------------------------------------------------------------------
 # the budget
 # --------------------------------------------------------------------------------------------------
-def budget_table(settings: dict, history: list[dict], batches: list[dict], traces: list[sdzero.Trace],
-                 updates: int, last_step: int) -> str:
+def budget_table(settings: dict, history: list[dict], batches: list[dict],
+                 traces: list[sdzero.Trace], updates: int, last_step: int) -> str:
     """The paper's budget (App. C.2) up to the start, the end of phase 1 and the end: responses and
     tokens that were sampled, tokens that went through a loss, and the outcome. A row includes the
     rows above it.
@@ -158,8 +159,9 @@ def self_localisation(args: Args, settings: dict) -> dict[int, list[list[float]]
     sampler = HFSampler(settings["model"], tokenizer, device)
     sampler.load(full_weights(policy))
     task = load_task(
-        settings["task"], heldout=settings["heldout"], fields=settings["fields"],
-        kind=settings.get("kind", ""), instruction=settings["instruction"], data_dir=settings["data_dir"],
+        settings["task"], heldout=settings["heldout"], data_dir=settings["data_dir"],
+        fields=settings["fields"], kind=settings.get("kind", ""),
+        instruction=settings["instruction"],
     )
     problems = task.train[-args.responses :]
     prompts = [chat_ids(tokenizer, problem.messages, settings["thinking"]) for problem in problems]
@@ -204,7 +206,8 @@ def reviser(run: Path, model: str, device: torch.device) -> Policy:
     file.unlink()
     policy = load_policy(model, device, Setup())
     own = dict(policy.named_parameters(remove_duplicate=False))  # tied weights are saved twice
-    require(own.keys() >= state.keys(), f"{run} was trained with LoRA: its reviser is not read here")
+    whole = own.keys() >= state.keys()
+    require(whole, f"{run} was trained with LoRA: its reviser is not read here")
     with torch.no_grad():
         for name, weight in state.items():
             local(own[name]).copy_(weight)

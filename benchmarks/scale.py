@@ -5,7 +5,7 @@
 One size is changed at a time: responses per question G, their length T, the vocabulary V, the
 model's width D, the processes W. The models have random weights, so nearly all responses are
 exactly T tokens long. The formula counts FLOPs (`step_flops`) and turns them into seconds with
-three constants of this machine (`seconds`), which are fitted to three points and predict the others.
+three constants of this machine (`seconds`). They are fitted to three points and predict the others.
 Writes results/scale/scale.json, scale.md and scale.png.
 """
 from __future__ import annotations
@@ -93,7 +93,8 @@ def step_flops(size: Size, cost: Cost) -> Flops:
     return Flops(sample=forward(size.P) + head, update=student + teacher)
 
 
-def seconds(size: Size, flops: Flops, constants: dict[str, float], cores: int) -> tuple[float, float]:
+def seconds(size: Size, flops: Flops, constants: dict[str, float],
+            cores: int) -> tuple[float, float]:
     """Of sampling and of the update, by the formula: FLOPs over a rate, and for sampling a fixed
     time per token of the longest response, in which the model's layers are called."""
     at_once = min(size.W, cores)
@@ -211,7 +212,8 @@ def named(change: dict) -> str:
 
 def table(points: list[dict], constants: dict[str, float], cores: int) -> str:
     lines = [
-        "| changed | update, GFLOP | counted by the run | sampling, s | formula | update, s | formula |",
+        "| changed | update, GFLOP | counted by the run | sampling, s | formula | update, s "
+        "| formula |",
         "|---|---|---|---|---|---|---|",
     ]
     for p in points:
@@ -242,31 +244,41 @@ def draw(points: list[dict], constants: dict[str, float], cores: int, path: Path
     plt.close(figure)
 
 
+def origin(about: dict, P: float, H: float, constants: dict[str, float]) -> str:
+    return (
+        f"`{about['command']}`, commit {about['commit']}, {about['hardware']}. The base: "
+        f"{BASE.B} questions × {BASE.G} responses of {BASE.T} tokens, "
+        f"prompts of {P:.0f} and {H:.0f}, width {BASE.D}, four layers, "
+        f"vocabulary {BASE.V:,}, one process. Constants: {1e3 * constants['call']:.1f} ms per "
+        f"token of the longest response, {constants['sample'] / 1e9:.1f} GFLOP/s in sampling, "
+        f"{constants['update'] / 1e9:.1f} in the update.\n\n"
+    )
+
+
 def main(args: Args) -> None:
     P, H = prompt_lengths()
-    cores, points = os.cpu_count() or 1, []
+    points = []
     for change in CHANGES:
         size = replace(BASE, P=P, H=H, **change)
         points.append({"change": change, **measure(size, args.steps)})
         print(f"{named(change)}: sampling {points[-1]['sample']:.2f} s, update "
               f"{points[-1]['update']:.2f} s", flush=True)
     constants = fit(points)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                            text=True).stdout.strip()
-    command = " ".join(["python benchmarks/scale.py", *sys.argv[1:]])
-    hardware = f"{cores} CPU cores ({platform.machine()}), one thread per process"
-    said = (f"`{command}`, commit {commit}, {hardware}. The base: {BASE.B} questions × {BASE.G} responses "
-            f"of {BASE.T} tokens, prompts of {P:.0f} and {H:.0f}, width {BASE.D}, four layers, "
-            f"vocabulary {BASE.V:,}, one process. Constants: {1e3 * constants['call']:.1f} ms per "
-            f"token of the longest response, {constants['sample'] / 1e9:.1f} GFLOP/s in sampling, "
-            f"{constants['update'] / 1e9:.1f} in the update.\n\n")
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    cores = os.cpu_count() or 1
+    about = {
+        "command": " ".join(["python benchmarks/scale.py", *sys.argv[1:]]),
+        "commit": commit,
+        "hardware": f"{cores} CPU cores ({platform.machine()}), one thread per process",
+    }
     out = ROOT / "results" / "scale"
     out.mkdir(parents=True, exist_ok=True)
-    result = {"command": command, "commit": commit, "hardware": hardware, "constants": constants,
-              "points": points}
+    result = {**about, "constants": constants, "points": points}
     (out / "scale.json").write_text(json.dumps(result, indent=1))
+    measured = origin(about, P, H, constants) + table(points, constants, cores)
     heading = "\nArithmetic, not measured: `hsd.py` with Qwen3-8B on H100s (`on_gpus`).\n\n"
-    (out / "scale.md").write_text(said + table(points, constants, cores) + heading + arithmetic())
+    (out / "scale.md").write_text(measured + heading + arithmetic())
     draw(points, constants, cores, out / "scale.png")
     print(table(points, constants, cores))
 

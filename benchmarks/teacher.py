@@ -1,7 +1,8 @@
 """Is the teacher better than the student? Ask before training: minutes, no update.
 
     python benchmarks/teacher.py --file sdpo --model MODEL --task gsm8k --max_tokens 512
-    python benchmarks/teacher.py --file hsd --model MODEL --task chain --wording benchmarks/wordings.json
+    python benchmarks/teacher.py --file hsd --model MODEL --task chain \\
+        --wording benchmarks/wordings.json
 
 Self-distillation has something to teach only if the model with the hint is right more often than
 the model without. This samples groups from the student, builds the teacher's prompts with the
@@ -10,9 +11,10 @@ responses with both, as the loss does.
 
 Rows of the table: the student, then the teacher by what is shown. Columns: the share of rollouts
 that have such a context; pass@1 with its 95 % interval over questions; the lead over the student on
-the same questions; the share of answers that are cut off at --max_tokens; mean length in tokens; the divergence of the method file in nats per
-token; the share of the divergence on the first token, on format tokens (no letter and no digit) and
-elsewhere; the share of the divergence that falls on the student's right responses.
+the same questions; the share of answers that are cut off at --max_tokens; mean length in tokens;
+the divergence of the method file in nats per token; the share of the divergence on the first token,
+on format tokens (no letter and no digit) and elsewhere; the share of the divergence that falls on
+the student's right responses.
 
 --wording: a JSON object, name → constants of the method file (LAYOUT, SOLUTION, CLOSING, …) to
 replace. All wordings see the same student responses. Writes results/teacher/NAME: summary.json,
@@ -117,7 +119,8 @@ def main(args: Args) -> dict:
             with replaced(method, constants):
                 cell_settings = method_settings(args, method, flags)
                 prompts, has_context = prompts_of(method, batch, rollouts, cell_settings, name)
-            answers = teacher_answers(rollouts, batch, prompts, has_context, store, f"{wording}/{name}", args)
+            cell = f"{wording}/{name}"
+            answers = teacher_answers(rollouts, batch, prompts, has_context, store, cell, args)
             row = {"wording": wording, "shown": name}
             row |= answer_metrics(answers, batch)
             read = first_of(has_context, args.read)
@@ -201,7 +204,7 @@ def what_can_be_shown(args: Args, problems: list) -> dict[str, dict]:
 # responses
 # --------------------------------------------------------------------------------------------------
 class Store:
-    """Judged responses on disk, a line each: what a stopped run has sampled is not sampled again."""
+    """Judged responses on disk, one per line: a stopped run's are not sampled again."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, {}
@@ -343,7 +346,8 @@ def divergence_metrics(policy, method: ModuleType, settings, batch: Batch, promp
         teacher = policy.read(micro)
         student = policy.read(micro.with_prompts(batch.prompts, batch.responses))
         stats = token_stats(
-            *student, micro.targets, *teacher, divergence=divergence, temperature=settings.temperature
+            *student, micro.targets, *teacher, divergence=divergence,
+            temperature=settings.temperature,
         )
         for place, values in kl_by_place(stats.kl, micro, rollouts.tokenizer).items():
             total[place.removeprefix("kl/")] += values.sum().item()
@@ -359,20 +363,30 @@ def divergence_metrics(policy, method: ModuleType, settings, batch: Batch, promp
 def verdict(teacher: dict, student: dict) -> str:
     """What a teacher's row means beside the student's, in words.
 
-    >>> def row(right, low, lead, high, cut=0.0):
-    ...     return {"right": dict(mean=right), "lead": dict(low=low, mean=lead, high=high), "cut_off": cut}
-    >>> student = {"cut_off": 0.1}
-    >>> verdict(row(0.56, 0.35, 0.43, 0.5), student)
-    'the teacher is right 0.56 of the time, the student on the same questions 0.13: there is something to learn'
-    >>> verdict(row(0.56, 0.35, 0.43, 0.5, cut=0.4), student).partition(": ")[2]
-    'there is something to learn, but the teacher is cut off in 0.40 of its answers, the student in 0.10: raise --max_tokens, or ask for a short answer'
-    >>> verdict(row(0.03, -0.2, -0.1, 0.02, cut=0.9), student).partition(": ")[2]
-    'the teacher is cut off in 0.90 of its answers, the student in 0.10: raise --max_tokens, or ask for a short answer'
+    >>> from textwrap import fill
+    >>> def show(right, low, lead, high, cut=0.0):
+    ...     lead = {"low": low, "mean": lead, "high": high}
+    ...     teacher = {"right": {"mean": right}, "lead": lead, "cut_off": cut}
+    ...     print(fill(verdict(teacher, {"cut_off": 0.1}), 80))
+    >>> show(0.56, 0.35, 0.43, 0.5)
+    the teacher is right 0.56 of the time, the student on the same questions 0.13:
+    there is something to learn
+    >>> show(0.56, 0.35, 0.43, 0.5, cut=0.4)
+    the teacher is right 0.56 of the time, the student on the same questions 0.13:
+    there is something to learn, but the teacher is cut off in 0.40 of its answers,
+    the student in 0.10: raise --max_tokens, or ask for a short answer
+    >>> show(0.03, -0.2, -0.1, 0.02, cut=0.9)
+    the teacher is right 0.03 of the time, the student on the same questions 0.13:
+    the teacher is cut off in 0.90 of its answers, the student in 0.10: raise
+    --max_tokens, or ask for a short answer
     """
     if "right" not in teacher:
         return "no rollout had this context"
     right, lead = teacher["right"]["mean"], teacher["lead"]
-    numbers = f"the teacher is right {right:.2f} of the time, the student on the same questions {right - lead['mean']:.2f}: "
+    numbers = (
+        f"the teacher is right {right:.2f} of the time, the student on the same questions "
+        f"{right - lead['mean']:.2f}: "
+    )
     too_long = (
         f"the teacher is cut off in {teacher['cut_off']:.2f} of its answers, the student in "
         f"{student['cut_off']:.2f}: raise --max_tokens, or ask for a short answer"
@@ -416,9 +430,10 @@ def example(rollouts: Rollouts, batch: Batch, prompts: list, answers: dict, row:
     reward = batch.rewards.flatten()[i].item()
     quote = lambda text: "\n".join("    " + line for line in text.strip().splitlines())
     return [
-        f"## {row['wording']}: {row['shown']}", "", "The teacher's prompt:", "",
-        quote(rollouts.tokenizer.decode(prompts[i])), "", f"The teacher (reward {judged.reward:g}):", "",
-        quote(rollout.text), "", f"The student (reward {reward:g}):", "", quote(student.text), "",
+        f"## {row['wording']}: {row['shown']}", "",
+        "The teacher's prompt:", "", quote(rollouts.tokenizer.decode(prompts[i])), "",
+        f"The teacher (reward {judged.reward:g}):", "", quote(rollout.text), "",
+        f"The student (reward {reward:g}):", "", quote(student.text), "",
     ]
 
 
@@ -442,8 +457,9 @@ def hide_paths(words: list[str]) -> list[str]:
 def table(args: Args, rows: list[dict]) -> str:
     student = rows[0]
     lines = [
-        f"{Path(args.model).name} on {args.task}, {args.file}.py, at most {args.max_tokens} tokens, "
-        f"T {args.temperature:g}. {student['groups_with_success']:.2f} of the groups of "
+        f"{Path(args.model).name} on {args.task}, {args.file}.py, "
+        f"at most {args.max_tokens} tokens, T {args.temperature:g}. "
+        f"{student['groups_with_success']:.2f} of the groups of "
         f"{args.group_size} have a success, {student['groups_mixed']:.2f} are mixed.", "",
         "| wording | shown | of rollouts | right | lead | cut off | tokens | nats per token "
         "| first / format / elsewhere | on right responses |",
@@ -458,7 +474,8 @@ def table(args: Args, rows: list[dict]) -> str:
             cells += [f"{row['cut_off']:.2f}", f"{row['tokens']:.0f}"]
         if "kl" in row:
             cells.append(f"{row['kl']:.3f}")
-            cells.append(" / ".join(f"{row[f'kl_on_{p}']:.2f}" for p in ("first", "format", "elsewhere")))
+            shares = [row[f"kl_on_{place}"] for place in ("first", "format", "elsewhere")]
+            cells.append(" / ".join(f"{share:.2f}" for share in shares))
             cells.append(f"{row['kl_on_right']:.2f}")
         lines.append("| " + " | ".join(cells + [""] * (10 - len(cells))) + " |")
     lines += [""] + [f"- {row['wording']}, {row['shown']}: {row['verdict']}." for row in rows[1:]]
@@ -475,7 +492,8 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.plot(right["mean"], place, "o", color=color)
     student = rows[0]["right"]
     axis.axvline(student["mean"], color="tab:gray", linewidth=0.8, linestyle=":")
-    axis.set_yticks(range(len(rows)), [": ".join((r["wording"], r["shown"])).strip(": ") for r in reversed(rows)])
+    names = [f"{row['wording']}: {row['shown']}".strip(": ") for row in reversed(rows)]
+    axis.set_yticks(range(len(rows)), names)
     axis.set(xlim=(-0.02, 1.02), xlabel="pass@1 of one answer, 95 % interval over questions")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -27,3 +27,10 @@ def test_a_share_of_no_credit_is_left_out():
     far = localisation(credit, 100)
     assert far["mass/w32"] == 0.0 and not any(name.startswith("mass50") for name in far)
     assert all(math.isfinite(value) for value in far.values())
+
+
+def test_responses_whose_teacher_agrees_have_a_table_too():
+    """Credit of 0 everywhere has no shares."""
+    case = localisation.Case(None, None, None, tau=0, rate=0.5, advantage=-1.0)
+    row = localisation.measures([torch.zeros(3)], [case])
+    assert row["mass/w2"] == 0 and len(localisation.table_of_credit({"none": row})) == 3
