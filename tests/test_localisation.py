@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.localisation import localisation
+from benchmarks.localisation import Case, localisation, measures, table_of_credit
 
 
 def test_credit_mass_and_its_denominators():
@@ -31,6 +31,6 @@ def test_a_share_of_no_credit_is_left_out():
 
 def test_responses_whose_teacher_agrees_have_a_table_too():
     """Credit of 0 everywhere has no shares."""
-    case = localisation.Case(None, None, None, tau=0, rate=0.5, advantage=-1.0)
-    row = localisation.measures([torch.zeros(3)], [case])
-    assert row["mass/w2"] == 0 and len(localisation.table_of_credit({"none": row})) == 3
+    case = Case(None, None, None, tau=0, rate=0.5, advantage=-1.0)
+    row = measures([torch.zeros(3)], [case])
+    assert row["mass/w2"] == 0 and len(table_of_credit({"none": row})) == 3
