@@ -1,15 +1,18 @@
-"""kernels/ beside its rivals: time over the bare matrix products, extra memory, error of value and gradient.
+"""kernels/ beside its rivals: time over the bare matrix products, extra memory, error of value and
+gradient.
 
-    python benchmarks/kernels.py speed      # minutes; on a GPU if there is one, else on the CPU at a smaller size
+    python benchmarks/kernels.py speed      # minutes; without a GPU on the CPU, at a smaller size
     python benchmarks/kernels.py ladder     # errors from large to tiny divergences, bf16
     python benchmarks/kernels.py top_k      # errors of top-K gradients from fat to thin tails
-    python benchmarks/kernels.py profile    # where the time of a KL with a frozen head goes, by operator; CPU
+    python benchmarks/kernels.py profile    # time by operator of a KL with a frozen head; CPU
     python benchmarks/kernels.py draw       # tables and figures of the results of the others
 
-Writes results/kernels/. Rivals that are installed take part: TRL (>= 1.16), liger-kernel (>= 0.8.5), and PyTorch's own
-full logits, torch.compile and F.linear_cross_entropy. Times are taken in rounds: each contender runs once per round, next to
-the bare products of the same shapes. The median of the ratios is reported. The errors are against float64 from the
-hidden states on. Only ratios within a run mean anything, and only on a machine without other work.
+Writes results/kernels/. Rivals that are installed take part: TRL (>= 1.16), liger-kernel
+(>= 0.8.5), and PyTorch's own full logits, torch.compile and F.linear_cross_entropy.
+
+Times are taken in rounds: in each, every contender runs once, after the bare products of the same
+shapes. The median of the ratios is reported. Errors are against float64 from the hidden states on.
+Only ratios within a run mean anything, and only on a machine without other work.
 """
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,8 +43,14 @@ from kernels import head as head_module  # noqa: E402
 from kernels.divergence import Divergence  # noqa: E402
 from kernels.head import head_loss, token_stats  # noqa: E402
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda") if ON_GPU else torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+PRODUCTS = {  # task → matrix products of the size [T, D]·[D, V]
+    "KL": 4, "KL, frozen head": 3, "JSD": 4, "log p": 3, "scores": 2,
+}
+TOP_K, TOP_K_TASK = 20, "KL of the student's top-20 and tail"  # on the ladder only
 
 
 class Problem(NamedTuple):
@@ -56,28 +67,35 @@ class Problem(NamedTuple):
         return self.head.detach()
 
     @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.head) if x.requires_grad]
+
+    @property
     def beta(self) -> float:
         return 0.5 if self.task == "JSD" else 1.0
 
     @property
     def divergence(self) -> Divergence:
-        return Divergence("jsd", beta=self.beta, top_k=TOP_K if self.task == TOP_K_TASK else 0)
+        top_k = TOP_K if self.task == TOP_K_TASK else 0
+        return Divergence("jsd", beta=self.beta, top_k=top_k)
 
 
-PRODUCTS = {"KL": 4, "KL, frozen head": 3, "JSD": 4, "log p": 3, "scores": 2}  # of the size [T, D]·[D, V]
-TOP_K, TOP_K_TASK = 20, "KL of the student's top-20 and tail"  # on the ladder only
+def problem(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, task: str,
+            gap: float = 0.05, peaked: bool = False) -> Problem:
+    """Logits of standard deviation 1.5.
 
-
-def problem(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, task: str, gap: float = 0.05, *,
-            peaked: bool = False, seed: int = 0) -> Problem:
-    """Logits of standard deviation 1.5, the teacher's hidden states at `gap` times the student's from them. peaked: the
-    target's logit is raised until its probability is about 0.7, as a language model's usually is."""
-    g = torch.Generator().manual_seed(seed)
+    gap: standard deviation of the teacher's hidden states around the student's.
+    peaked: the target's logit is raised until its probability is about 0.7, as a language model's
+    usually is.
+    """
+    g = torch.Generator().manual_seed(0)
     head = torch.randn(vocabulary, width, generator=g) / width**0.5
     hidden = 1.5 * torch.randn(tokens, width, generator=g)
     y = torch.randint(vocabulary, (tokens,), generator=g)
     if peaked:
-        hidden += (math.log(vocabulary) + 2) * head[y] / (head[y] ** 2).sum(-1, keepdim=True)
+        of_target = head[y]
+        raised = math.log(vocabulary) + 2
+        hidden += raised * of_target / (of_target**2).sum(-1, keepdim=True)
     teacher_hidden = hidden + gap * torch.randn(tokens, width, generator=g)
     hidden, head, teacher_hidden = (x.to(DEVICE, dtype) for x in (hidden, head, teacher_hidden))
     hidden.requires_grad_(task != "scores")
@@ -85,27 +103,35 @@ def problem(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, task: 
     return Problem(hidden, head, y.to(DEVICE), teacher_hidden, task)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the contenders: each takes a Problem and returns the loss, which carries the gradient, or None if it cannot do it
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# the contenders: each takes a Problem and returns the loss, which carries the gradient, or None if
+# the task is not for it. Their memory is measured: a name would keep an intermediate alive.
+# --------------------------------------------------------------------------------------------------
+Contender = Callable[[Problem], Tensor | None]
+
+
 def this_head_loss(p: Problem) -> Tensor | None:
     count = len(p.y)
+    if p.task == "scores":
+        return None
     if p.task == "log p":
-        return head_loss(lambda token, _: token.logp / -count, p.hidden, p.head, p.y, None)[0]
-    if p.task != "scores":
-        return head_loss(lambda token, _: token.kl / count, p.hidden, p.head, p.y, None, p.teacher_hidden,
-                         divergence=p.divergence)[0]
+        surprise = lambda token, _: token.logp / -count
+        return head_loss(surprise, p.hidden, p.head, p.y, None)[0]
+    distance = lambda token, _: token.kl / count
+    return head_loss(distance, p.hidden, p.head, p.y, None, p.teacher_hidden,
+                     divergence=p.divergence)[0]
 
 
-def this_token_stats(p: Problem) -> Tensor | None:
+def this_token_stats(p: Problem) -> Tensor:
     if p.task == "log p":
         return -token_stats(p.hidden, p.head, p.y).logp.mean()
-    return token_stats(p.hidden, p.head, p.y, p.teacher_hidden, divergence=p.divergence).kl.mean()
+    stats = token_stats(p.hidden, p.head, p.y, p.teacher_hidden, divergence=p.divergence)
+    return stats.kl.mean()
 
 
 def full_logits(p: Problem) -> Tensor | None:
-    """What SDPO (lasgroup/SDPO 229d137, under autocast) and OPSD (siyan-zhao/OPSD 8ae338d) run: logits in the model's
-    dtype, log-softmax and all after it in fp32."""
+    """What SDPO (lasgroup/SDPO 229d137, under autocast) and OPSD (siyan-zhao/OPSD 8ae338d) run:
+    logits in the model's dtype, log-softmax and all after it in fp32."""
     if p.task == TOP_K_TASK:
         return None
     if p.task == "log p":
@@ -113,11 +139,13 @@ def full_logits(p: Problem) -> Tensor | None:
     student = F.log_softmax((p.hidden @ p.head.T).float(), -1)
     teacher = F.log_softmax((p.teacher_hidden @ p.teacher_head.T).float(), -1)
     if p.task == "scores":  # also the log-probability and the entropy, as the others
-        student.gather(-1, p.y[:, None]), (student.exp() * student).sum(-1)
+        student.gather(-1, p.y[:, None])
+        (student.exp() * student).sum(-1)
     return divergence(student, teacher, p.beta).mean()
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Of log-probabilities [T, V], per token [T]: KL(student‖teacher) at beta 1, else the JSD."""
     if beta == 1:
         return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
     m = torch.logaddexp(student + math.log(1 - beta), teacher + math.log(beta))
@@ -126,26 +154,34 @@ def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def full_logits_top_k(p: Problem) -> Tensor | None:
-    """SDPO's top-K and tail: the tail's probability is 1 minus that of the K, whose logarithm is kept below −1e-7."""
+    """SDPO's top-K and tail: the tail's probability is 1 minus that of the K, whose logarithm is
+    kept below −1e-7."""
     if p.task != TOP_K_TASK:
         return None
-    z, zt = p.hidden @ p.head.T, p.teacher_hidden @ p.teacher_head.T
-    index = z.topk(TOP_K).indices
-    student, teacher = (x.gather(-1, index).float() - x.float().logsumexp(-1, keepdim=True) for x in (z, zt))
-    mass = (x.logsumexp(-1, keepdim=True).clamp(max=-1e-7) for x in (student, teacher))
-    student, teacher = (torch.cat([x, (-m.expm1()).log()], -1) for x, m in zip((student, teacher), mass))
-    return divergence(student, teacher, 1.0).mean()
+    student_logits = p.hidden @ p.head.T
+    teacher_logits = p.teacher_hidden @ p.teacher_head.T
+    index = student_logits.topk(TOP_K).indices
+    buckets = []  # of the student, of the teacher: log-probabilities [T, K + 1]
+    for logits in (student_logits, teacher_logits):
+        log_sum = logits.float().logsumexp(-1, keepdim=True)
+        kept = logits.gather(-1, index).float() - log_sum
+        mass = kept.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+        tail = (-mass.expm1()).log()
+        buckets.append(torch.cat([kept, tail], -1))
+    return divergence(*buckets, 1.0).mean()
 
 
 compiled_full_logits = torch.compile(full_logits)
 
 
 def compiled_chunks(p: Problem) -> Tensor:
-    """The compiled full logits of 1,024 tokens at a time (of 256 on a CPU), each chunk's backward at once."""
-    size, total = (1024 if DEVICE.type == "cuda" else 256), torch.zeros((), device=DEVICE)
-    for i in range(0, len(p.y), size):
-        some = slice(i, i + size)
-        part = p._replace(hidden=p.hidden[some], y=p.y[some], teacher_hidden=p.teacher_hidden[some])
+    """The compiled full logits of 1,024 tokens at a time (of 256 on a CPU), each chunk's backward
+    at once."""
+    size = 1024 if ON_GPU else 256
+    total = torch.zeros((), device=DEVICE)
+    for start in range(0, len(p.y), size):
+        c = slice(start, start + size)
+        part = p._replace(hidden=p.hidden[c], y=p.y[c], teacher_hidden=p.teacher_hidden[c])
         loss = compiled_full_logits(part) * (len(part.y) / len(p.y))
         if loss.requires_grad:
             loss.backward()
@@ -156,38 +192,44 @@ def compiled_chunks(p: Problem) -> Tensor:
 def trl(p: Problem) -> Tensor | None:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    if p.task not in ("log p", TOP_K_TASK):
-        inputs = p.hidden, p.head, None, p.teacher_hidden, p.teacher_head, None, p.beta
-        return ChunkedDivergenceFunction.apply(*inputs)[0].mean()
+    if p.task in ("log p", TOP_K_TASK):
+        return None
+    inputs = p.hidden, p.head, None, p.teacher_hidden, p.teacher_head, None, p.beta
+    return ChunkedDivergenceFunction.apply(*inputs)[0].mean()
 
 
 def liger_chunked(p: Problem) -> Tensor | None:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    if p.task in ("KL", "JSD", "KL, frozen head"):
-        loss = LigerFusedLinearJSDLoss(0.0, 1.0, p.beta, compiled=DEVICE.type == "cuda")
-        return loss(p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.y)
+    if p.task not in ("KL", "JSD", "KL, frozen head"):
+        return None
+    loss = LigerFusedLinearJSDLoss(0.0, 1.0, p.beta, compiled=ON_GPU)
+    return loss(p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.y)
 
 
 def liger_fused(p: Problem) -> Tensor | None:
     import liger_kernel.ops.fused_linear_jsd as module
 
-    if DEVICE.type != "cuda":
+    if not ON_GPU:
         if not INTERPRETED:
             raise RuntimeError("its Triton kernels need a GPU")
-        # on a CPU it rounds the logits to bf16, which on a GPU it does not: give it the products it has there
+        # on a CPU it rounds the logits to bf16, which on a GPU it does not: give it the products
+        # that it has there
         module._project_to_float32 = lambda x, w: x.float() @ w.float().T
-    if p.task in ("KL", "JSD", "KL, frozen head"):
-        inputs = p.hidden, p.head, p.teacher_hidden, p.teacher_head, None, p.beta
-        return module.LigerFusedLinearJSDFunction.apply(*inputs)
+    if p.task not in ("KL", "JSD", "KL, frozen head"):
+        return None
+    inputs = p.hidden, p.head, p.teacher_hidden, p.teacher_head, None, p.beta
+    return module.LigerFusedLinearJSDFunction.apply(*inputs)
 
 
 def linear_cross_entropy(p: Problem) -> Tensor | None:
-    if p.task == "log p":
-        return F.linear_cross_entropy(p.hidden, p.head, p.y, options=torch.nn.LinearCrossEntropyOptions())
+    if p.task != "log p":
+        return None
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(p.hidden, p.head, p.y, options=options)
 
 
-CONTENDERS: dict[str, Callable[[Problem], Tensor | None]] = {
+CONTENDERS: dict[str, Contender] = {
     "this code, head_loss": this_head_loss,
     "this code, token_stats": this_token_stats,
     "full logits": full_logits,
@@ -198,7 +240,7 @@ CONTENDERS: dict[str, Callable[[Problem], Tensor | None]] = {
     "Liger fused_linear_jsd": liger_fused,
     "F.linear_cross_entropy": linear_cross_entropy,
 }
-LADDER = {
+LADDER: dict[str, Contender] = {
     "this code": this_head_loss,
     "TRL ChunkedDivergenceFunction": trl,
     "Liger fused_linear_jsd": liger_fused,
@@ -208,48 +250,73 @@ LADDER = {
 }
 
 
-def run(contender: Callable, p: Problem) -> tuple[float, list[Tensor]] | None:
-    """(the loss, gradients of what wants one)."""
-    leaves = [x for x in (p.hidden, p.head) if x.requires_grad]
-    for x in leaves:
+# --------------------------------------------------------------------------------------------------
+# what is measured
+# --------------------------------------------------------------------------------------------------
+class Outcome(NamedTuple):
+    loss: float
+    gradients: list[Tensor]  # of the leaves
+
+
+def run(contender: Contender, p: Problem) -> Outcome | None:
+    """None if the task is not for it."""
+    for x in p.leaves:
         x.grad = None
     loss = contender(p)
     if loss is None:
         return None
     if loss.requires_grad:
         loss.backward()
-    return loss.item(), [x.grad for x in leaves]
+    return Outcome(loss.item(), [x.grad for x in p.leaves])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is measured
-# ---------------------------------------------------------------------------------------------------------------------
-def truth(p: Problem) -> tuple[float, list[Tensor]]:
+def truth(p: Problem) -> Outcome:
     """In float64 from the hidden states on, by the definition."""
-    hidden, head = (x.detach().double().requires_grad_(x.requires_grad) for x in (p.hidden, p.head))
-    lp = F.log_softmax(hidden @ head.T, -1)
+    hidden, head = p.hidden.detach().double(), p.head.detach().double()
+    hidden.requires_grad_(p.hidden.requires_grad)
+    head.requires_grad_(p.head.requires_grad)
+    log_p = F.log_softmax(hidden @ head.T, -1)
     if p.task == "log p":
-        loss = -lp.gather(-1, p.y[:, None]).mean()
+        loss = -log_p.gather(-1, p.y[:, None]).mean()
     else:
-        lq = F.log_softmax(p.teacher_hidden.double() @ p.teacher_head.double().T, -1)
+        log_q = F.log_softmax(p.teacher_hidden.double() @ p.teacher_head.double().T, -1)
         if p.task == TOP_K_TASK:
-            index = lp.topk(TOP_K).indices
-            tail = torch.ones_like(lp).scatter(-1, index, 0) > 0
-            lp, lq = (torch.cat([x.gather(-1, index), x.where(tail, -torch.inf).logsumexp(-1, keepdim=True)], -1)
-                      for x in (lp, lq))
-        loss = divergence(lp, lq, p.beta).mean()
+            log_p, log_q = top_and_tail(log_p, log_q, TOP_K)
+        loss = divergence(log_p, log_q, p.beta).mean()
     leaves = [x for x in (hidden, head) if x.requires_grad]
-    return loss.item(), list(torch.autograd.grad(loss, leaves)) if leaves else []
+    gradients = []
+    if leaves:
+        gradients = list(torch.autograd.grad(loss, leaves))
+    return Outcome(loss.item(), gradients)
 
 
-def errors(got: tuple[float, list[Tensor]], right: tuple[float, list[Tensor]]) -> dict[str, float]:
+def top_and_tail(log_p: Tensor, log_q: Tensor, k: int) -> list[Tensor]:
+    """Log-probabilities of the student's k likeliest entries and of all others as one, [T, k + 1]:
+    the student's and the teacher's."""
+    index = log_p.topk(k).indices
+    others = torch.ones_like(log_p).scatter(-1, index, 0) > 0
+    both = []
+    for x in (log_p, log_q):
+        tail = x.where(others, -torch.inf).logsumexp(-1, keepdim=True)
+        both.append(torch.cat([x.gather(-1, index), tail], -1))
+    return both
+
+
+def errors(got: Outcome, right: Outcome) -> dict[str, float]:
     """Relative; of the gradients in the Frobenius norm, the largest of them."""
-    gradient = [((g.double() - r).norm() / r.norm()).item() for g, r in zip(got[1], right[1])]
-    return {"value_error": abs(got[0] / right[0] - 1), "gradient_error": max(gradient, default=float("nan"))}
+    of_gradients = []
+    for gradient, right_gradient in zip(got.gradients, right.gradients):
+        off = (gradient.double() - right_gradient).norm()
+        of_gradients.append((off / right_gradient.norm()).item())
+    return {
+        "value_error": abs(got.loss / right.loss - 1),
+        "gradient_error": max(of_gradients, default=float("nan")),
+    }
 
 
 def products(p: Problem) -> Callable[[], None]:
-    """The bare matrix products of a task: logits into memory that is there, gradients into new memory, as for all."""
+    """The bare matrix products of a task: logits into memory that is there, gradients into new
+    memory, as for all."""
     with torch.no_grad():
         z = torch.empty(len(p.y), len(p.head), dtype=p.head.dtype, device=DEVICE)
 
@@ -267,125 +334,259 @@ def products(p: Problem) -> Callable[[], None]:
 
 
 def seconds(go: Callable[[], object]) -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for_gpu()
     start = time.perf_counter()
     go()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for_gpu()
     return time.perf_counter() - start
 
 
+def wait_for_gpu() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
 def extra_bytes(go: Callable[[], object], p: Problem) -> int:
-    """The most memory in use at a time while `go` runs, beyond what was in use and the gradients it returns."""
+    """The most memory in use at a time while `go` runs, beyond what was in use and the gradients
+    it returns."""
     gc.collect()
     for x in (p.hidden, p.head):
         x.grad = None
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         go()
         peak = torch.cuda.max_memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the resident set's peak (Linux)
         before = resident("VmRSS")
         go()
         peak = resident("VmHWM")
-    return peak - before - sum(x.grad.nbytes for x in (p.hidden, p.head) if x.grad is not None)
+    gradients = sum(x.grad.nbytes for x in (p.hidden, p.head) if x.grad is not None)
+    return peak - before - gradients
 
 
 def resident(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    """Bytes of this process, by a field of Linux's status file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# speed, ladder, draw
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# speed
+# --------------------------------------------------------------------------------------------------
 def speed(args: argparse.Namespace) -> None:
-    gpu = DEVICE.type == "cuda"
-    tokens, vocabulary = args.tokens or (8192 if gpu else 2048), args.vocabulary or (151_936 if gpu else 49_152)
-    rows, dtype = [], torch.bfloat16 if gpu else torch.float32
-    for width in args.width or ([2560, 4096] if gpu else [576]):
+    tokens, vocabulary, widths, dtype = 2048, 49_152, [576], torch.float32
+    if ON_GPU:
+        tokens, vocabulary, widths, dtype = 8192, 151_936, [2560, 4096], torch.bfloat16
+    tokens = args.tokens or tokens
+    vocabulary = args.vocabulary or vocabulary
+    rows = []
+    for width in args.width or widths:
         for task in PRODUCTS:
-            rows += speed_of_task(args, problem(tokens, vocabulary, width, dtype, task),
-                                  problem(32, vocabulary, width, dtype, task))
-            write(args, "speed", {"tokens": tokens, "vocabulary": vocabulary, "dtype": str(dtype), "rows": rows})
+            p = problem(tokens, vocabulary, width, dtype, task)
+            small = problem(32, vocabulary, width, dtype, task)
+            rows += speed_of_task(p, small, args.rounds)
+            write(args, "speed", {
+                "tokens": tokens, "vocabulary": vocabulary, "dtype": str(dtype), "rows": rows,
+            })
 
 
-def speed_of_task(args: argparse.Namespace, p: Problem, small: Problem) -> list[dict]:
+def speed_of_task(p: Problem, small: Problem, rounds: int) -> list[dict]:
+    """A row for each contender: its errors on the small problem, its memory and times on p."""
     right, floor = truth(small), products(p)
     rows, going = [], {}
     for name, contender in CONTENDERS.items():
-        row = {"task": p.task, "width": p.hidden.shape[1], "products": PRODUCTS[p.task], "name": name}
+        row = {
+            "task": p.task, "width": p.hidden.shape[1], "products": PRODUCTS[p.task], "name": name,
+        }
         try:
             got = run(contender, small)
             if got is None:
                 continue
             row |= errors(got, right)
             run(contender, p)  # compilation, caches
-            row["extra_bytes"] = extra_bytes(lambda: run(contender, p), p)
+            row["extra_bytes"] = extra_bytes(partial(run, contender, p), p)
             going[name] = contender
-        except (ImportError, RuntimeError) as error:  # a rival that is not here, or cannot run here
-            row["cannot"] = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        except (ImportError, RuntimeError) as error:  # a rival that is not or cannot run here
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            row["cannot"] = lines[0][:120]
         rows.append(row)
         print(row, flush=True)
-    times: dict[str, list[float]] = {name: [] for name in going}
-    floors = []
-    floor()
-    for _ in range(args.rounds):
-        floors.append(seconds(floor))
-        for name, contender in going.items():
-            times[name].append(seconds(lambda: run(contender, p)))
-    for row in rows:
-        if row["name"] in times:
-            mine = times[row["name"]]
-            row |= {"seconds": mine, "floor_seconds": floors, "load": os.getloadavg()[0],
-                    "over_floor": statistics.median(a / b for a, b in zip(mine, floors))}
-            print(f"{row['task']:>16} {row['name']:<34} {row['over_floor']:.3f} x products", flush=True)
+    add_times(rows, going, floor, p, rounds)
     return rows
 
 
+def add_times(rows: list[dict], going: dict[str, Contender], floor: Callable[[], None],
+              p: Problem, rounds: int) -> None:
+    """Times of each contender and its ratio to the bare products, into its row.
+
+    going: the contenders that have run. floor: the bare products.
+    """
+    floors: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name in going}
+    floor()
+    for _ in range(rounds):
+        floors.append(seconds(floor))
+        for name, contender in going.items():
+            times[name].append(seconds(partial(run, contender, p)))
+    for row in rows:
+        if row["name"] not in times:
+            continue
+        mine = times[row["name"]]
+        ratio = statistics.median(a / b for a, b in zip(mine, floors))
+        row |= {
+            "seconds": mine, "floor_seconds": floors, "load": os.getloadavg()[0],
+            "over_floor": ratio,
+        }
+        print(f"{row['task']:>16} {row['name']:<34} {ratio:.3f} x products", flush=True)
+
+
+def speed_table(numbers: dict) -> list[str]:
+    dtype = numbers["dtype"].removeprefix("torch.")
+    lines = [
+        f"T = {numbers['tokens']:,}, V = {numbers['vocabulary']:,}, {dtype}. Time is a multiple of "
+        "the task's bare matrix products in the same round (median of the rounds); memory is "
+        "beyond the inputs and the gradients that are returned; errors are relative to float64.",
+        "",
+        "| task | D | | time | extra memory | value error | gradient error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in numbers["rows"]:
+        cells = [row["task"], str(row["width"]), row["name"], *speed_cells(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def speed_cells(row: dict) -> list[str]:
+    if "over_floor" not in row:
+        return [row["cannot"], "", "", ""]
+    gradient = ""
+    if not math.isnan(row["gradient_error"]):
+        gradient = f"{row['gradient_error']:.1e}"
+    return [
+        f"{row['over_floor']:.2f} × {row['products']} products",
+        f"{row['extra_bytes'] / 2**20:,.0f} MiB", f"{row['value_error']:.1e}", gradient,
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# ladder: bf16 hidden states and head; the teacher comes closer and closer
+# --------------------------------------------------------------------------------------------------
+GAPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+TITLES = {"KL": "KL(student‖teacher)", "JSD": "JSD, β = ½", TOP_K_TASK: TOP_K_TASK}
+
+
 def ladder(args: argparse.Namespace) -> None:
-    """bf16 hidden states and head, V = 151,936; the teacher comes closer and closer."""
-    vocabulary, width, tokens = args.vocabulary or 151_936, (args.width or [512])[0], args.tokens or 16
-    if DEVICE.type != "cuda":  # what CUDA gets: dz rounded to bf16 for the products
+    tokens, vocabulary = args.tokens or 16, args.vocabulary or 151_936
+    width = (args.width or [512])[0]
+    if not ON_GPU:  # what CUDA gets: dz rounded to bf16 for the products
         head_module.dz_dtype = lambda hidden: hidden.dtype
-    rows = []
-    for task in ("KL", "JSD", TOP_K_TASK):
-        for gap in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
-            p = problem(tokens, vocabulary, width, torch.bfloat16, task, gap, peaked=True)
-            right = truth(p)
-            for name, contender in LADDER.items():
-                if INTERPRETED != (name == "Liger fused_linear_jsd") and DEVICE.type != "cuda":
-                    continue  # without a GPU, Liger's Triton kernels run in a process of the interpreter's
-                row = {"task": task, "name": name, "gap": gap, "divergence": right[0]}
-                try:
-                    got = run(contender, p)
-                except ImportError as error:
-                    row["cannot"] = str(error)
-                else:
-                    if got is None:
-                        continue
-                    row |= errors(got, right)
-                rows.append(row)
-                print(row, flush=True)
-    if DEVICE.type != "cuda" and not INTERPRETED:
-        again = [sys.executable, __file__, "ladder", "--to_stdout", *sys.argv[2:]]
-        child = subprocess.run(again, check=True, text=True,
-                               stdout=subprocess.PIPE, env=os.environ | {"TRITON_INTERPRET": "1"})
-        rows += json.loads(child.stdout.splitlines()[-1])
+    rows = ladder_rows(tokens, vocabulary, width)
+    if not ON_GPU and not INTERPRETED:
+        rows += ladder_rows_of_interpreter()
     if args.to_stdout:
         print(json.dumps(rows))
-    else:
-        write(args, "ladder", {"tokens": tokens, "vocabulary": vocabulary, "width": width, "dtype": "bfloat16",
-                               "rows": rows})
+        return
+    write(args, "ladder", {
+        "tokens": tokens, "vocabulary": vocabulary, "width": width, "dtype": "bfloat16",
+        "rows": rows,
+    })
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def ladder_rows(tokens: int, vocabulary: int, width: int) -> list[dict]:
+    rows = []
+    for task, gap in product(TITLES, GAPS):
+        p = problem(tokens, vocabulary, width, torch.bfloat16, task, gap, peaked=True)
+        right = truth(p)
+        for name, contender in LADDER.items():
+            if not runs_here(name):
+                continue
+            row = {"task": task, "name": name, "gap": gap, "divergence": right.loss}
+            try:
+                got = run(contender, p)
+                if got is None:
+                    continue
+                row |= errors(got, right)
+            except ImportError as error:
+                row["cannot"] = str(error)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def runs_here(name: str) -> bool:
+    """Without a GPU, Liger's Triton kernels run in a process of the interpreter's."""
+    return ON_GPU or INTERPRETED == (name == "Liger fused_linear_jsd")
+
+
+def ladder_rows_of_interpreter() -> list[dict]:
+    command = [sys.executable, __file__, "ladder", "--to_stdout", *sys.argv[2:]]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ladder_table(numbers: dict) -> list[str]:
+    lines = [
+        f"bf16 hidden states and head, {numbers['tokens']} tokens, V = {numbers['vocabulary']:,}, "
+        f"D = {numbers['width']}. Relative error of the mean divergence / of its gradient (dX or "
+        "dW, the larger; bf16 gradients cannot be better than 0.2 %).",
+    ]
+    for task, title in TITLES.items():
+        rows = [row for row in numbers["rows"] if row["task"] == task]
+        names = dict.fromkeys(row["name"] for row in rows)
+        rows.sort(key=lambda row: row["divergence"])
+        rungs = sorted({row["divergence"] for row in rows})
+        heads = " | ".join(f"{x:.1e}" for x in rungs)
+        lines += ["", f"| {title} | {heads} |", "|---" * (len(rungs) + 1) + "|"]
+        for name in names:
+            cells = [ladder_cell(row) for row in rows if row["name"] == name]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def ladder_cell(row: dict) -> str:
+    if "value_error" not in row:
+        return row["cannot"]
+    return f"{row['value_error']:.1e} / {row['gradient_error']:.1e}"
+
+
+def ladder_figure(numbers: dict, path: Path) -> None:
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True, sharey=True)
+    rows = [row for row in numbers["rows"] if row["task"] == "KL" and "value_error" in row]
+    rows.sort(key=lambda row: row["divergence"])
+    for name, marker in zip(LADDER, "oDs^v"):
+        mine = [row for row in rows if row["name"] == name]
+        x = [row["divergence"] for row in mine]
+        style = {"marker": marker, "label": name, "linewidth": 1.2, "zorder": 2}
+        if name == "this code":
+            style |= {"linewidth": 2.5, "zorder": 3}
+        for axis, field in zip(axes, ("value_error", "gradient_error")):
+            axis.plot(x, [row[field] for row in mine], **style)
+    for axis, title in zip(axes, ("error of the value", "error of the gradient")):
+        axis.set(xscale="log", yscale="log", title=title,
+                 xlabel="KL(student‖teacher), nats a token")
+        axis.axhline(1, color="0.6", linewidth=0.8)
+        axis.grid(alpha=0.3)
+    rounding = 2**-9
+    axes[1].axhline(rounding, color="0.6", linewidth=0.8, linestyle="--")
+    axes[1].annotate("bf16 rounding", (1, rounding), (-4, -6), xycoords=("axes fraction", "data"),
+                     textcoords="offset points", ha="right", va="top", color="0.4", fontsize=9)
+    axes[0].set_ylabel("relative to float64 from the hidden states")
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="lower center", ncol=2, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
+    figure.savefig(path, dpi=150)
+
+
+# --------------------------------------------------------------------------------------------------
 # top-K: the gradient as the student's tail gets thinner
-# ---------------------------------------------------------------------------------------------------------------------
-TAILS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+# --------------------------------------------------------------------------------------------------
+KS = (1, 20, 100)
+TAILS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # the student's mass outside of the K
 TOP_K_DIVERGENCES = {
     "reverse": Divergence("reverse_kl"),
     "forward": Divergence("forward_kl"),
@@ -404,16 +605,33 @@ class Sure(NamedTuple):
     teacher_hidden: Tensor  # [T, D]
 
 
-def sure(vocabulary: int, k: int, peaked: bool, width: int = 32, seed: int = 0) -> Sure:
+def top_k(args: argparse.Namespace) -> None:
+    vocabularies = [1_024, 151_936]
+    if args.vocabulary:
+        vocabularies = [args.vocabulary]
+    rows = []
+    for vocabulary, k, peaked in product(vocabularies, KS, (True, False)):
+        if k == 1 and not peaked:  # one entry is always peaked
+            continue
+        p = sure(vocabulary, k, peaked)
+        for name, d in TOP_K_DIVERGENCES.items():
+            rows += top_k_rows(p, d._replace(top_k=k), name, peaked)
+            print(rows[-1], flush=True)
+    write(args, args.name, {"rows": rows})
+
+
+def sure(vocabulary: int, k: int, peaked: bool) -> Sure:
     """Two coordinates of the hidden states stand for the likeliest entry and for the K; the others
     are noise. A peaked student has e^10 times as much on its mode as on others of the K."""
-    g = torch.Generator().manual_seed(seed)
+    width, count = 32, len(TAILS)
+    g = torch.Generator().manual_seed(0)
     head = torch.randn(vocabulary, width, generator=g, dtype=torch.float64) / width**0.5
     head[:, :2] = 0
     members = torch.randperm(vocabulary, generator=g)[:k]
+    mode = members[0]
     head[members, 1] = 1
-    head[members[0], 0] = 1
-    hidden = torch.randn(len(TAILS), width, generator=g, dtype=torch.float64)
+    head[mode, 0] = 1
+    hidden = torch.randn(count, width, generator=g, dtype=torch.float64)
     hidden[:, 0] = 10.0 if peaked else 0.0
     hidden[:, 1] = 0
     z = hidden @ head.T
@@ -421,22 +639,37 @@ def sure(vocabulary: int, k: int, peaked: bool, width: int = 32, seed: int = 0) 
     lead = z[:, members].logsumexp(-1) - z[:, outside].logsumexp(-1)
     tails = torch.tensor(TAILS, dtype=torch.float64)
     hidden[:, 1] = torch.log((1 - tails) / tails) - lead
-    teacher = hidden + 0.2 * torch.randn(len(TAILS), width, generator=g, dtype=torch.float64)
-    y = members[0].expand(len(TAILS))
-    return Sure(hidden.float().requires_grad_(), head.float(), y, teacher.float())
+    teacher = hidden + 0.2 * torch.randn(count, width, generator=g, dtype=torch.float64)
+    return Sure(hidden.float().requires_grad_(), head.float(), mode.expand(count), teacher.float())
+
+
+def top_k_rows(p: Sure, d: Divergence, name: str, peaked: bool) -> list[dict]:
+    """A row for each dtype of dz and each tail: relative errors of dz and of d_hidden."""
+    head = p.head.double()
+    right = top_k_truth(p, d)
+    right_hidden = right @ head
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        dz = top_k_dz(p, d, dtype)
+        dz_error = (dz - right).norm(dim=-1) / right.norm(dim=-1)
+        off = dz @ head - right_hidden
+        hidden_error = off.norm(dim=-1) / right_hidden.norm(dim=-1)
+        for i, tail in enumerate(TAILS):
+            rows.append({
+                "vocabulary": len(p.head), "k": d.top_k, "peaked": peaked, "divergence": name,
+                "dz": str(dtype).removeprefix("torch."), "tail": tail,
+                "dz_error": dz_error[i].item(), "d_hidden_error": hidden_error[i].item(),
+            })
+    return rows
 
 
 def top_k_truth(p: Sure, d: Divergence) -> Tensor:
     """dz [T, V] of the divergence, float64 from the hidden states on, by autograd."""
     head = p.head.double()
     z = (p.hidden.detach().double() @ head.T).requires_grad_()
-    lp = z.log_softmax(-1)
-    lq = (p.teacher_hidden.double() @ head.T).log_softmax(-1)
-    index = lp.topk(d.top_k).indices
-    outside = torch.ones_like(lp).scatter(-1, index, 0) > 0
-    a, b = (torch.cat([x.gather(-1, index),
-                       x.where(outside, -torch.inf).logsumexp(-1, keepdim=True)], -1)
-            for x in (lp, lq))
+    log_p = z.log_softmax(-1)
+    log_q = (p.teacher_hidden.double() @ head.T).log_softmax(-1)
+    a, b = top_and_tail(log_p, log_q, d.top_k)
     forward, reverse = b.exp() * (b - a), a.exp() * (a - b)
     if d.kind == "jsd":
         m = ((a.exp() + b.exp()) / 2).log()
@@ -453,38 +686,35 @@ def top_k_truth(p: Sure, d: Divergence) -> Tensor:
 def top_k_dz(p: Sure, d: Divergence, dtype: torch.dtype) -> Tensor:
     """dz [T, V] of the kernels' own logits, each entry rounded to dtype."""
     z, zt = p.hidden.detach() @ p.head.T, p.teacher_hidden @ p.head.T
-    chunk = head_module.Chunk(z, zt, p.y, head_module.Settings((1.0,), d, 1.0))
+    settings = head_module.Settings((1.0,), d, 1.0)
+    chunk = head_module.Chunk(z, zt, p.y, settings)
     zeros = torch.zeros(len(p.y))
+    upstream = head_module.Upstream(zeros, None, zeros + 1, zeros)
     dz = torch.empty_like(z, dtype=dtype)
-    chunk.gradient(head_module.Upstream(zeros, None, zeros + 1, zeros), dz)
+    chunk.gradient(upstream, dz)
     return dz.double()
 
 
-def top_k(args: argparse.Namespace) -> None:
-    rows = []
-    for vocabulary in ([args.vocabulary] if args.vocabulary else [1_024, 151_936]):
-        for k in (1, 20, 100):
-            for peaked in (True, False) if k > 1 else (True,):
-                p = sure(vocabulary, k, peaked)
-                for name, d in TOP_K_DIVERGENCES.items():
-                    rows += top_k_rows(p, d._replace(top_k=k), name, peaked)
-                    print(rows[-1], flush=True)
-    write(args, args.name, {"rows": rows})
-
-
-def top_k_rows(p: Sure, d: Divergence, name: str, peaked: bool) -> list[dict]:
-    right = top_k_truth(p, d)
-    right_hidden, rows = right @ p.head.double(), []
-    for dtype in (torch.float32, torch.bfloat16):
-        dz = top_k_dz(p, d, dtype)
-        error = (dz - right).norm(dim=-1) / right.norm(dim=-1)
-        off = dz @ p.head.double() - right_hidden
-        hidden_error = off.norm(dim=-1) / right_hidden.norm(dim=-1)
-        for tail, of_dz, of_hidden in zip(TAILS, error.tolist(), hidden_error.tolist()):
-            rows.append({"vocabulary": len(p.head), "k": d.top_k, "peaked": peaked,
-                         "divergence": name, "dz": str(dtype).removeprefix("torch."), "tail": tail,
-                         "dz_error": of_dz, "d_hidden_error": of_hidden})
-    return rows
+def top_k_table(numbers: dict) -> list[str]:
+    rows, tails = numbers["rows"], TAILS[::-1]
+    sizes = sorted({row["vocabulary"] for row in rows})
+    lines = [
+        "Relative error of dz / of d_hidden of one token, the largest over vocabularies of "
+        + " and ".join(f"{size:,}" for size in sizes) + " and over peaked and flat students. "
+        "Student's top K and tail; the truth is float64 from the hidden states. bfloat16 is dz "
+        "rounded as on CUDA, on a CPU.",
+    ]
+    for dtype in ("float32", "bfloat16"):
+        heads = " | ".join(f"{tail:.0e}" for tail in tails)
+        lines += ["", f"| dz in {dtype}, student's tail: | {heads} |"]
+        lines.append("|---" * (len(tails) + 1) + "|")
+        for name, k in product(TOP_K_DIVERGENCES, KS):
+            only = {"dz": dtype, "divergence": name, "k": k}
+            of_dz = top_k_worst(rows, "dz_error", **only)
+            of_hidden = top_k_worst(rows, "d_hidden_error", **only)
+            cells = [f"{of_dz[tail]:.0e} / {of_hidden[tail]:.0e}" for tail in tails]
+            lines.append(f"| {name}, K = {k} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def top_k_worst(rows: list[dict], field: str, **only) -> dict[float, float]:
@@ -496,39 +726,14 @@ def top_k_worst(rows: list[dict], field: str, **only) -> dict[float, float]:
     return worst
 
 
-def top_k_table(numbers: dict) -> list[str]:
-    sizes = sorted({row["vocabulary"] for row in numbers["rows"]})
-    lines = ["Relative error of dz / of d_hidden of one token, the largest over vocabularies of "
-             + " and ".join(f"{size:,}" for size in sizes) + " and over peaked and flat students. "
-             "Student's top K and tail; the truth is float64 from the hidden states. bfloat16 is "
-             "dz rounded as on CUDA, on a CPU."]
-    for dtype in ("float32", "bfloat16"):
-        tails = TAILS[::-1]
-        heads = " | ".join(f"{t:.0e}" for t in tails)
-        lines += ["", f"| dz in {dtype}, student's tail: | {heads} |", "|---" * (len(tails) + 1) + "|"]
-        for name in TOP_K_DIVERGENCES:
-            for k in (1, 20, 100):
-                only = {"dz": dtype, "divergence": name, "k": k}
-                of_dz = top_k_worst(numbers["rows"], "dz_error", **only)
-                of_hidden = top_k_worst(numbers["rows"], "d_hidden_error", **only)
-                cells = [f"{of_dz[t]:.0e} / {of_hidden[t]:.0e}" for t in tails]
-                lines.append(f"| {name}, K = {k} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def top_k_figure(after: dict, before: dict, path: Path) -> None:
     """The worst divergence of each K, before and after, dz in fp32 and in bf16."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharex=True, sharey=True)
     for axis, dtype in zip(axes, ("float32", "bfloat16")):
-        for k, color, marker in ((1, "C0", "o"), (20, "C1", "s"), (100, "C2", "^")):
-            for numbers, line in ((before, "--"), (after, "-")):
+        for k, color, marker in zip(KS, ("C0", "C1", "C2"), "os^"):
+            for when, numbers, line in (("before", before, "--"), ("now", after, "-")):
                 worst = top_k_worst(numbers["rows"], "dz_error", dz=dtype, k=k)
-                when = "before" if numbers is before else "now"
                 axis.plot(list(worst), list(worst.values()), line, color=color, marker=marker,
                           markersize=5, label=f"K = {k}, {when}")
         axis.set(xscale="log", yscale="log", title=f"dz in {dtype}",
@@ -536,59 +741,81 @@ def top_k_figure(after: dict, before: dict, path: Path) -> None:
         axis.axhline(1, color="0.6", linewidth=0.8)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative error of a token's dz, worst divergence")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="lower center", ncol=3, frameon=False, fontsize=9)
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="lower center", ncol=3, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(path, dpi=150)
 
 
-def write(args: argparse.Namespace, what: str, numbers: dict) -> None:
-    packages = {}
-    for name in ("torch", "triton", "trl", "liger-kernel"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = None
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    about = {"command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]), "commit": head.stdout.strip(),
-             "device": device(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-             "packages": packages}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{what}-{DEVICE.type}.json").write_text(json.dumps(about | numbers, indent=1) + "\n")
-
-
-def device() -> str:
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    model = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-    return f"{model[0].split(':')[1].strip()}, {os.cpu_count()} cores"
-
-
+# --------------------------------------------------------------------------------------------------
+# profile
+# --------------------------------------------------------------------------------------------------
 KINDS = {  # of operators
-    "matrix products": ("addmm", "mm"), "exponentials and logarithms": ("exp", "expm1", "log", "log1p", "xlogy"),
-    "bounds": ("clamp",), "sums and maxima": ("sum", "amax", "argmax"),
+    "matrix products": ("addmm", "mm"),
+    "exponentials and logarithms": ("exp", "expm1", "log", "log1p", "xlogy"),
+    "bounds": ("clamp",),
+    "sums and maxima": ("sum", "amax", "argmax"),
     "other arithmetic": ("mul", "sub", "add", "div", "addcmul", "neg"),
 }
+REST = "the rest: views, allocation, Python"
 
 
 def profile(args: argparse.Namespace) -> None:
     """The self time of the operators of `head_loss` with a frozen head, one thread."""
-    from torch.profiler import ProfilerActivity
-
     torch.set_num_threads(1)
-    p = problem(args.tokens or 2048, args.vocabulary or 49_152, (args.width or [576])[0], torch.float32, "KL, frozen head")
+    tokens, vocabulary = args.tokens or 2048, args.vocabulary or 49_152
+    width = (args.width or [576])[0]
+    p = problem(tokens, vocabulary, width, torch.float32, "KL, frozen head")
     this_head_loss(p).backward()
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as seen:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         this_head_loss(p).backward()
-    seconds = dict.fromkeys([*KINDS, "the rest: views, allocation, Python"], 0.0)
+    spent = dict.fromkeys([*KINDS, REST], 0.0)  # seconds
     for event in seen.key_averages():
-        operator = event.key.removeprefix("aten::").rstrip("_")
-        kind = next((kind for kind, names in KINDS.items() if operator in names), list(seconds)[-1])
-        seconds[kind] += event.self_cpu_time_total / 1e6
-    products = seconds["matrix products"]
-    shares = {kind: round(value / products, 3) for kind, value in seconds.items()}
-    write(args, "profile", {"seconds": seconds, "over the products": shares})
+        spent[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    of_products = spent["matrix products"]
+    shares = {kind: round(value / of_products, 3) for kind, value in spent.items()}
+    write(args, "profile", {"seconds": spent, "over the products": shares})
     print(shares)
+
+
+def kind_of(event: str) -> str:
+    operator = event.removeprefix("aten::").rstrip("_")
+    for kind, operators in KINDS.items():
+        if operator in operators:
+            return kind
+    return REST
+
+
+# --------------------------------------------------------------------------------------------------
+# writing
+# --------------------------------------------------------------------------------------------------
+def write(args: argparse.Namespace, what: str, numbers: dict) -> None:
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                          text=True)
+    packages = {name: version_of(name) for name in ("torch", "triton", "trl", "liger-kernel")}
+    about = {
+        "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+        "commit": head.stdout.strip(), "device": device(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "packages": packages,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{what}-{DEVICE.type}.json"
+    path.write_text(json.dumps(about | numbers, indent=1) + "\n")
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device() -> str:
+    if ON_GPU:
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(line for line in lines if line.startswith("model name"))
+    return f"{model.split(':')[1].strip()}, {os.cpu_count()} cores"
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -602,10 +829,9 @@ def draw(args: argparse.Namespace) -> None:
             lines = top_k_table(numbers)
         else:
             lines = ladder_table(numbers)
-        about = (f"{numbers['device']}; " + ", ".join(f"{k} {v}" for k, v in numbers["packages"].items() if v)
-                 + f"; commit {numbers['commit']}; `{numbers['command']}`")
-        path.with_suffix(".md").write_text("\n".join([*lines, "", about]) + "\n")
-        print(path.with_suffix(".md").read_text())
+        text = "\n".join([*lines, "", source_of(numbers)]) + "\n"
+        path.with_suffix(".md").write_text(text)
+        print(text)
         if path.name.startswith("ladder"):
             ladder_figure(numbers, path.with_suffix(".png"))
         if path.name.startswith("top_k"):
@@ -613,74 +839,39 @@ def draw(args: argparse.Namespace) -> None:
             top_k_figure(numbers, json.loads(before.read_text()), path.with_suffix(".png"))
 
 
-def speed_table(numbers: dict) -> list[str]:
-    lines = [f"T = {numbers['tokens']:,}, V = {numbers['vocabulary']:,}, {numbers['dtype'].removeprefix('torch.')}. "
-             "Time is a multiple of the task's bare matrix products in the same round (median of the rounds); memory "
-             "is beyond the inputs and the gradients that are returned; errors are relative to float64.", "",
-             "| task | D | | time | extra memory | value error | gradient error |", "|---|---|---|---|---|---|---|"]
-    for row in numbers["rows"]:
-        if "over_floor" in row:
-            gradient = row["gradient_error"]
-            cells = [f"{row['over_floor']:.2f} × {row['products']} products", f"{row['extra_bytes'] / 2**20:,.0f} MiB",
-                     f"{row['value_error']:.1e}", "" if math.isnan(gradient) else f"{gradient:.1e}"]
-        else:
-            cells = [row["cannot"], "", "", ""]
-        lines.append(f"| {row['task']} | {row['width']} | {row['name']} | " + " | ".join(cells) + " |")
-    return lines
+def source_of(numbers: dict) -> str:
+    """The machine, versions, commit and command behind a table."""
+    there = [f"{name} {version}" for name, version in numbers["packages"].items() if version]
+    return (f"{numbers['device']}; {', '.join(there)}; commit {numbers['commit']}; "
+            f"`{numbers['command']}`")
 
 
-def ladder_table(numbers: dict) -> list[str]:
-    lines = [f"bf16 hidden states and head, {numbers['tokens']} tokens, V = {numbers['vocabulary']:,}, "
-             f"D = {numbers['width']}. Relative error of the mean divergence / of its gradient (dX or dW, the larger; "
-             "bf16 gradients cannot be better than 0.2 %)."]
-    for task, title in (("KL", "KL(student‖teacher)"), ("JSD", "JSD, β = ½"), (TOP_K_TASK, TOP_K_TASK)):
-        rows = [r for r in numbers["rows"] if r["task"] == task]
-        rungs = sorted({r["divergence"] for r in rows})
-        lines += ["", f"| {title} | "
-                  + " | ".join(f"{x:.1e}" for x in rungs) + " |", "|---" * (len(rungs) + 1) + "|"]
-        for name in dict.fromkeys(r["name"] for r in rows):
-            cells = [f"{r['value_error']:.1e} / {r['gradient_error']:.1e}" if "value_error" in r else r["cannot"]
-                     for r in sorted(rows, key=lambda r: r["divergence"]) if r["name"] == name]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def ladder_figure(numbers: dict, path: Path) -> None:
+def pyplot():
+    """Imported late: an environment with the rivals need not have it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True, sharey=True)
-    rows = [r for r in numbers["rows"] if r["task"] == "KL" and "value_error" in r]
-    markers = dict(zip(LADDER, "oDs^v"))
-    for name in list(LADDER)[:5]:
-        mine = sorted((r for r in rows if r["name"] == name), key=lambda r: r["divergence"])
-        for axis, field in zip(axes, ("value_error", "gradient_error")):
-            axis.plot([r["divergence"] for r in mine], [r[field] for r in mine], marker=markers[name], label=name,
-                      linewidth=2.5 if name == "this code" else 1.2, zorder=3 if name == "this code" else 2)
-    for axis, title in zip(axes, ("error of the value", "error of the gradient")):
-        axis.set(xscale="log", yscale="log", title=title, xlabel="KL(student‖teacher), nats a token")
-        axis.axhline(1, color="0.6", linewidth=0.8)
-        axis.grid(alpha=0.3)
-    axes[1].axhline(2**-9, color="0.6", linewidth=0.8, linestyle="--")
-    axes[1].annotate("bf16 rounding", (1, 2**-9), (-4, -6), xycoords=("axes fraction", "data"), textcoords="offset points",
-                     ha="right", va="top", color="0.4", fontsize=9)
-    axes[0].set_ylabel("relative to float64 from the hidden states")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.17, 1, 1))
-    figure.savefig(path, dpi=150)
+    return plt
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "ladder", "top_k", "profile", "draw"])
+def main() -> None:
+    commands = {"speed": speed, "ladder": ladder, "top_k": top_k, "profile": profile, "draw": draw}
+    rounds = 10 if ON_GPU else 3
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=list(commands))
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--width", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int, default=10 if DEVICE.type == "cuda" else 3)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "kernels")
     parser.add_argument("--name", default="top_k", help="top_k: of the file it writes")
-    parser.add_argument("--to_stdout", action="store_true", help="ladder: print JSON instead of writing it")
-    arguments = parser.parse_args()
-    {"speed": speed, "ladder": ladder, "top_k": top_k, "profile": profile, "draw": draw}[arguments.what](arguments)
+    parser.add_argument("--to_stdout", action="store_true",
+                        help="ladder: print JSON instead of writing it")
+    args = parser.parse_args()
+    commands[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,17 @@
-"""Sampling without vLLM: common/sampler.py's HFSampler against transformers' own `generate`, which TRL uses for
-sampling without vLLM (whole steps of both trainers: benchmarks/speed.py).
+"""Sampling without vLLM: HFSampler of common/sampler.py against `generate` of transformers.
 
-    python benchmarks/sampling.py                                                     # the embedded model
-    python benchmarks/sampling.py --name smollm2 --model SMOLLM2 --task gsm8k --data_dir DATA --prompts 4 --samples 4
+    python benchmarks/sampling.py                                           # the embedded model
+    python benchmarks/sampling.py --name smollm2 --model SMOLLM2 --task gsm8k --data_dir DATA \\
+        --prompts 4 --samples 4
 
-Same model object, prompts, samples per prompt, temperature 1 and full distribution; `generate` gets the prompts in
-their order, padded on the left, `rows` at a time. Two settings: responses that end where they end (as in training), and all of
---max_tokens (end tokens off: the cost of decoding alone). HFSampler returns log-probabilities as well; `generate` is
-not asked for them. The two run in turns; a ratio compares the two runs of a round. Writes results/sampling/NAME.{json,md}.
+TRL samples with `generate` if it has no vLLM (whole steps of both trainers: benchmarks/speed.py).
+Both sides have the same model object, prompts, samples per prompt, temperature 1 and the full
+distribution. `generate` gets the prompts in their order, padded on the left, `rows` at a time.
+HFSampler returns log-probabilities as well; `generate` is not asked for them.
+
+There are two settings: responses end where they end, as in training; and all take --max_tokens,
+without an end token, which shows the cost of decoding alone. The two sides run in turns; a ratio
+compares the two runs of a round. Writes results/sampling/NAME.{json,md}.
 """
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,73 +53,137 @@ class Args:
     threads: int = 1  # CPU threads
 
 
-def ours(sampler: HFSampler, prompts: list[list[int]], args: Args, seed: int) -> list[int]:
-    """Lengths of the responses."""
-    groups = sampler.sample(prompts, args.samples, seed=(seed,), keys=range(len(prompts)), max_tokens=args.max_tokens)
-    return [len(o.response_ids) for g in groups for o in g]
-
-
-def theirs(sampler: HFSampler, prompts: list[list[int]], args: Args, seed: int) -> list[int]:
-    torch.manual_seed(seed)
-    rows = [p for p in prompts for _ in range(args.samples)]
-    lengths: list[int] = []
-    for start in range(0, len(rows), args.rows):
-        part = rows[start : start + args.rows]
-        width = max(map(len, part))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in part])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
-        with torch.no_grad():
-            out = sampler.lm.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                      max_new_tokens=args.max_tokens, eos_token_id=sampler.ends or None, pad_token_id=0)
-        for row in out[:, width:]:
-            ended = torch.isin(row, torch.tensor(sampler.ends, dtype=torch.long)).nonzero()
-            lengths.append(int(ended[0]) + 1 if len(ended) else len(row))
-        sampler.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return lengths
-
-
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer(args.model)
-    problems = load_task(args.task, heldout=256, data_dir=args.data_dir).train[: args.prompts]
-    prompts = [chat_ids(tokenizer, p.messages) for p in problems]
+    task = load_task(args.task, heldout=256, data_dir=args.data_dir)
+    problems = task.train[: args.prompts]
+    prompts = [chat_ids(tokenizer, problem.messages) for problem in problems]
     sampler = HFSampler(args.model, tokenizer, torch.device("cpu"), rows=args.rows)
     sampler.lm.generation_config.eos_token_id = None  # given with each call
-    ends, sides, table = sampler.ends, {"generate": theirs, "HFSampler": ours}, {}
-    for setting in ("responses end where they end", "all of max_tokens"):
-        sampler.ends = ends if setting.startswith("responses") else []
-        runs: dict[str, list[dict]] = {side: [] for side in sides}
-        for i in range(args.rounds + 1):
-            for side, run in sides.items():
-                start = time.perf_counter()
-                lengths = run(sampler, prompts, args, i)
-                if i:
-                    runs[side].append({"seconds": time.perf_counter() - start, "tokens": sum(lengths), "longest": max(lengths)})
-        rate = {side: [r["tokens"] / r["seconds"] for r in found] for side, found in runs.items()}
-        ratios = [mine / other for mine, other in zip(rate["HFSampler"], rate["generate"])]
-        table[setting] = {"tokens_per_s": {side: statistics.median(x) for side, x in rate.items()},
-                          "times_faster": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "runs": runs}
-        print(f"{setting}: {table[setting]['times_faster']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    typed = " ".join(sys.argv[1:]).replace(args.data_dir or "\0", "DATA")
-    typed = typed if args.model.startswith("assets") else typed.replace(args.model, "MODEL")
-    shown = {k: v for k, v in asdict(args).items() if k not in ("model", "data_dir")}
-    result = {"command": f"python benchmarks/sampling.py {typed}".strip(), "commit": commit.strip(), "args": shown,
-              "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.threads} threads",
-              "versions": f"torch {torch.__version__}, transformers {transformers.__version__}", "table": table}
+    settings = {"responses end where they end": sampler.ends, "all of max_tokens": []}
+    found = {}
+    for setting, ends in settings.items():
+        sampler.ends = ends
+        found[setting] = compare(sampler, prompts, args)
+        row = found[setting]
+        print(f"{setting}: {row['times_faster']:.2f} ({row['least']:.2f} to {row['most']:.2f}) "
+              "times as fast")
+    path = write(found, args)
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+def ours(sampler: HFSampler, prompts: list[list[int]], args: Args, seed: int) -> list[int]:
+    """Lengths of the responses."""
+    groups = sampler.sample(prompts, args.samples, seed=(seed,), keys=range(len(prompts)),
+                            max_tokens=args.max_tokens)
+    return [len(rollout.response_ids) for group in groups for rollout in group]
+
+
+def theirs(sampler: HFSampler, prompts: list[list[int]], args: Args, seed: int) -> list[int]:
+    """Lengths of the responses, which are turned into text, as HFSampler's are."""
+    torch.manual_seed(seed)
+    rows = [prompt for prompt in prompts for _ in range(args.samples)]
+    lengths: list[int] = []
+    for start in range(0, len(rows), args.rows):
+        responses = generate(sampler, rows[start : start + args.rows], args)
+        lengths += [length_of(response, sampler.ends) for response in responses]
+        sampler.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return lengths
+
+
+def generate(sampler: HFSampler, prompts: list[list[int]], args: Args) -> torch.Tensor:
+    """One response to each prompt, [B, tokens]."""
+    width = max(map(len, prompts))
+    ids, mask = [], []
+    for prompt in prompts:
+        padding = [0] * (width - len(prompt))
+        ids.append(padding + prompt)
+        mask.append(padding + [1] * len(prompt))
+    with torch.no_grad():
+        out = sampler.lm.generate(
+            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), do_sample=True,
+            temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.max_tokens,
+            eos_token_id=sampler.ends or None, pad_token_id=0,
+        )
+    return out[:, width:]
+
+
+def length_of(response: torch.Tensor, ends: list[int]) -> int:
+    """Up to the first end token, which counts."""
+    ended = torch.isin(response, torch.tensor(ends, dtype=torch.long)).nonzero()
+    if len(ended) == 0:
+        return len(response)
+    return int(ended[0]) + 1
+
+
+def compare(sampler: HFSampler, prompts: list[list[int]], args: Args) -> dict:
+    """Both sides in turns: their runs, their rates, and the ratio of the two in each round."""
+    sides: dict[str, Callable] = {"generate": theirs, "HFSampler": ours}
+    runs: dict[str, list[dict]] = {side: [] for side in sides}
+    for i in range(args.rounds + 1):
+        for side, sample in sides.items():
+            start = time.perf_counter()
+            lengths = sample(sampler, prompts, args, i)
+            seconds = time.perf_counter() - start
+            if i > 0:  # the first is a warm-up
+                runs[side].append(
+                    {"seconds": seconds, "tokens": sum(lengths), "longest": max(lengths)}
+                )
+    rates = {}  # tokens per second of each round
+    for side, results in runs.items():
+        rates[side] = [result["tokens"] / result["seconds"] for result in results]
+    ratios = [mine / other for mine, other in zip(rates["HFSampler"], rates["generate"])]
+    return {
+        "tokens_per_s": {side: statistics.median(of_side) for side, of_side in rates.items()},
+        "times_faster": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+        "runs": runs,
+    }
+
+
+def write(found: dict, args: Args) -> Path:
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                          text=True)
+    settings = asdict(args)
+    for name in ("model", "data_dir"):  # the reader's paths are others
+        del settings[name]
+    result = {
+        "command": f"python benchmarks/sampling.py {typed(args)}".strip(),
+        "commit": head.stdout.strip(), "args": settings,
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.threads} threads",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "table": found,
+    }
     path = ROOT / "results" / "sampling" / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1))
-    lines = [f"`{result['command']}`, commit {result['commit']}, {result['hardware']}, {result['versions']}. {args.prompts} "
-             f"prompts × {args.samples} samples, at most {args.max_tokens} tokens, {args.rounds} rounds in turns.", "",
-             "| setting | `generate`, tokens/s | HFSampler, tokens/s | ratio: median (least to most of a round) |",
-             "|---|---|---|---|"]
-    for setting, row in table.items():
+    path.with_suffix(".md").write_text(table(result, args))
+    return path
+
+
+def typed(args: Args) -> str:
+    """What was typed, without the paths of this machine."""
+    words = " ".join(sys.argv[1:]).replace(args.data_dir or "\0", "DATA")
+    if args.model.startswith("assets"):
+        return words
+    return words.replace(args.model, "MODEL")
+
+
+def table(result: dict, args: Args) -> str:
+    lines = [
+        f"`{result['command']}`, commit {result['commit']}, {result['hardware']}, "
+        f"{result['versions']}. {args.prompts} prompts × {args.samples} samples, at most "
+        f"{args.max_tokens} tokens, {args.rounds} rounds in turns.",
+        "",
+        "| setting | `generate`, tokens/s | HFSampler, tokens/s | ratio: median (least to most of "
+        "a round) |",
+        "|---|---|---|---|",
+    ]
+    for setting, row in result["table"].items():
         rate = row["tokens_per_s"]
-        lines.append(f"| {setting} | {rate['generate']:.0f} | {rate['HFSampler']:.0f} | {row['times_faster']:.2f} "
-                     f"({row['least']:.2f} to {row['most']:.2f}) |")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+        lines.append(f"| {setting} | {rate['generate']:.0f} | {rate['HFSampler']:.0f} | "
+                     f"{row['times_faster']:.2f} ({row['least']:.2f} to {row['most']:.2f}) |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
