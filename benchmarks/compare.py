@@ -439,19 +439,18 @@ def collected(folder: Path) -> list[dict]:
 
 def lead_of(rows: list[dict]) -> float | None:
     """How much more often the teacher was right than the student, on the same questions, in step 0:
-    of SD-Zero its revisions against the first attempts, in training's first evaluation. None: no
-    teacher answers.
+    of SD-Zero its revisions against the first attempts, in training's first evaluation. None: the
+    run has no teacher.
 
-    >>> lead_of([{"revise/pass@1": 0.75, "heldout/pass@1": 0.5}])
+    >>> lead_of([{"revise/pass@1": 0.75, "heldout/pass@1": 0.5}, {"kl": 0.1}])
     0.25
-    >>> lead_of([{"teacher/lead": 0.5}, {}]), lead_of([{}])
+    >>> lead_of([{"teacher/lead": 0.5, "kl": 0.1}]), lead_of([{"revise/pass@1": 0.75}])
     (0.5, None)
     """
-    for row in rows:
-        if "teacher/lead" in row:
-            return row["teacher/lead"]
-        if "revise/pass@1" in row:
-            return row["revise/pass@1"] - row["heldout/pass@1"]
+    if "teacher/lead" in rows[0]:
+        return rows[0]["teacher/lead"]
+    if any("kl" in row for row in rows):  # sdzero.py with its phase 2
+        return rows[0]["revise/pass@1"] - rows[0]["heldout/pass@1"]
     return None
 
 

@@ -1,12 +1,11 @@
 """Does the teacher's lead predict the gain? One point per method and model.
 
-    python benchmarks/lead.py        # after benchmarks/compare.py, or demos.py and teacher.py
+    python benchmarks/lead.py        # after benchmarks/compare.py
 
-Lead: how much more often the teacher is right than the student on the same questions, before
-training. In the comparisons it is step 0's `teacher/lead` (of SD-Zero, its revisions against its
-first attempts), for the demos what benchmarks/teacher.py measured. Gain: held-out pass@1 of the
-last evaluation less that of the first, without hints. Reads results/compare/*/runs.json,
-results/demo and results/teacher. Writes results/compare/lead.json, lead.md and lead.png.
+Lead: how much more often the teacher is right than the student on the same questions, at step 0
+(`teacher/lead`; of SD-Zero, its revisions against its first attempts). Gain: held-out pass@1 of the
+last evaluation less that of the first, without hints. Reads results/compare/*/runs.json. Writes
+results/compare/lead.json, lead.md and lead.png.
 """
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {  # grid → its model and task
-    "demo": "embedded model, sums: the demos",
-    "chain": "embedded model, sums: the comparison",
+    "chain": "embedded model, sums",
     "smollm2": "SmolLM2-135M, the larger of two numbers",
     "qwen": "Qwen2.5-Coder-0.5B, products",
 }
@@ -43,22 +41,6 @@ def points(folder: Path) -> list[dict]:
     return found
 
 
-def points_of_demos(results: Path) -> list[dict]:
-    """The same of the demos. A file with several kinds of hints has the mean lead of all its
-    answers."""
-    found = []
-    for file, method in (("rlsd", "RLSD"), ("sdpo", "SDPO"), ("hsd", "HSD"), ("sdzero", "SD-Zero")):
-        summary = results / "teacher" / f"{file}-chain-chain" / "summary.json"
-        rows = json.loads(summary.read_text())["rows"]
-        hinted = [row for row in rows if "lead" in row]
-        leads = [row["lead"]["mean"] for row in hinted]
-        counts = [row["answers"] for row in hinted]
-        runs = json.loads((results / "demo" / f"{file}.json").read_text())["runs"]
-        scores = [[value for _, value in run["heldout"]] for run in runs]
-        found.append(point("demo", method, np.average(leads, weights=counts), scores))
-    return found
-
-
 def point(grid: str, method: str, lead: float, scores: list[list[float]]) -> dict:
     """scores: held-out pass@1 of each evaluation, by seed."""
     gains = [row[-1] - row[0] for row in scores]
@@ -70,7 +52,7 @@ def point(grid: str, method: str, lead: float, scores: list[list[float]]) -> dic
 
 def main() -> None:
     out = ROOT / "results" / "compare"
-    found = points_of_demos(ROOT / "results") + points(out)
+    found = points(out)
     (out / "lead.json").write_text(json.dumps(found, indent=1) + "\n")
     lines = [
         "| model and task | method | teacher's lead | gain, lowest and highest seed |",
@@ -86,6 +68,25 @@ def main() -> None:
     print("\n".join(lines))
 
 
+def labels(points: list[dict]) -> list[tuple[tuple[float, float], list[str]]]:
+    """Places and the names to write there; points that lie close together share a label.
+
+    >>> a = {"method": "A (135M)", "lead": 0.5, "gain": 0.2}
+    >>> labels([a, {**a, "method": "B", "lead": 0.51}, {**a, "method": "C", "gain": 0.4}])
+    [((0.5, 0.2), ['A', 'B']), ((0.5, 0.4), ['C'])]
+    """
+    found: list[tuple[tuple[float, float], list[str]]] = []
+    for p in points:
+        name = p["method"].partition(" (1")[0].partition(" (0")[0]
+        for (lead, gain), names in found:
+            if abs(p["lead"] - lead) < 0.1 and abs(p["gain"] - gain) < 0.06:
+                names.append(name)
+                break
+        else:
+            found.append(((p["lead"], p["gain"]), [name]))
+    return found
+
+
 def draw(found: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for i, (grid, title) in enumerate(MODELS.items()):
@@ -96,14 +97,14 @@ def draw(found: list[dict], path: Path) -> None:
         y = [p["gain"] for p in mine]
         bars = [[p["gain"] - p["least"] for p in mine], [p["most"] - p["gain"] for p in mine]]
         axis.errorbar(x, y, bars, fmt="^osD"[i], color=f"C{i}", capsize=2, label=title)
-        for p in mine:
-            name = p["method"].partition(" (1")[0].partition(" (0")[0]
+        for place, names in labels(mine):
             axis.annotate(
-                name, (p["lead"], p["gain"]), xytext=(4, 4), textcoords="offset points", fontsize=7
+                "\n".join(names), place, xytext=(5, 0), textcoords="offset points", fontsize=7,
+                va="center",
             )
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.axvline(0, color="gray", linewidth=0.8)
-    axis.margins(0.12)
+    axis.margins(x=0.3, y=0.15)
     axis.set(
         xlabel="teacher's lead before training: right more often than the student by",
         ylabel="gain in held-out pass@1, without hints",

@@ -84,18 +84,6 @@ def test_lead_and_gain_are_means_over_the_seeds_of_methods_that_have_a_teacher(t
     assert [point[k] for k in ("lead", "gain", "least", "most")] == pytest.approx([0.3, 0.3, 0.1, 0.5])
 
 
-def test_the_demos_lead_is_the_mean_over_all_hinted_answers(tmp_path):
-    rows = [{"shown": "student"}, {"lead": {"mean": 0.1}, "answers": 30}, {"lead": {"mean": 0.5}, "answers": 10}]
-    for file in ("rlsd", "sdpo", "hsd", "sdzero"):
-        (tmp_path / "teacher" / f"{file}-chain-chain").mkdir(parents=True)
-        (tmp_path / "teacher" / f"{file}-chain-chain" / "summary.json").write_text(json.dumps({"rows": rows}))
-        (tmp_path / "demo").mkdir(exist_ok=True)
-        (tmp_path / "demo" / f"{file}.json").write_text(json.dumps({"runs": [{"heldout": [[0, 0.4], [9, 0.7]]}]}))
-    points = lead.points_of_demos(tmp_path)
-    assert [p["method"] for p in points] == ["RLSD", "SDPO", "HSD", "SD-Zero"]
-    assert all((p["lead"], p["gain"]) == pytest.approx((0.2, 0.3)) for p in points)
-
-
 def test_a_printed_run_keeps_evaluations_as_they_are_and_means_of_ten_steps_of_the_rest():
     rows = [{"step": step, "entropy": float(step)} for step in range(20)]
     rows[0]["heldout/pass@1"], rows[10]["heldout/pass@1"] = 0.4, 0.6
