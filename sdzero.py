@@ -52,7 +52,7 @@ from common.policy import (
 )
 from common.rollouts import Batch, Rollouts, check_fits, heldout_metrics
 from common.run import Run
-from common.settings import Flat, Setup, flat, parse, refused_change
+from common.settings import Flat, Setup, flat, parse
 from common.sampler import Rollout
 from common.tasks import Problem, first_different, take
 from common.teacher import kl_by_place
@@ -197,8 +197,8 @@ class Trace(NamedTuple):
 
 COLLECT_BATCH = 256  # questions at a time; an interrupted collection resumes after the last batch
 COLLECTED = (  # the traces depend on these settings: a resumed collection must not change them
-    "baseline", "srt_questions", "inits", "revisions", "srt_temperature", "srt_top_p",
-    "srt_max_tokens",
+    "model", "task", "seed", "srt_questions", "inits", "revisions", "srt_temperature",
+    "srt_top_p", "srt_max_tokens"
 )
 
 
@@ -209,13 +209,12 @@ def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, a
     """
     starts = range(0, len(problems), COLLECT_BATCH)
     _, done, size = read_traces(path)
-    settings = flat(args)
-    for batch in done:
-        change = refused_change(batch["settings"], settings, COLLECTED)
-        require(
-            not change,
-            f"{path} was collected with {change}: give the old value, or another --name",
-        )
+    settings = [flat(args)[name] for name in COLLECTED]
+    require(
+        all(batch["settings"] == settings for batch in done),
+        f"{path} was begun with another --model, --task, --seed, --inits, --revisions, "
+        "--srt_questions, or sampling of phase 1: go on with the old ones, or give another --name",
+    )
     if run.rank == 0 and path.exists():
         os.truncate(path, size)  # drop what an interrupted batch left behind
     require(
@@ -234,13 +233,13 @@ def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, a
             found = [trace for traces, _ in parts for trace in traces]
             found.sort(key=lambda trace: order[trace.id])  # the same file for any number of ranks
             lengths = [length for _, spent in parts for length in spent]
-            closing = {
+            rows = [trace._asdict() for trace in found]
+            rows.append({
                 "batch": start, "generations": len(lengths), "sampled_tokens": sum(lengths),
                 "settings": settings,
-            }
-            rows = [trace._asdict() for trace in found]
+            })
             with open(path, "a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in [*rows, closing])
+                f.writelines(json.dumps(row) + "\n" for row in rows)
             run.say(f"traces: {end} of {len(problems)} questions")
     dist.barrier()
 
