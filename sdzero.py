@@ -52,7 +52,7 @@ from common.policy import (
 )
 from common.rollouts import Batch, Rollouts, check_fits, heldout_metrics
 from common.run import Run
-from common.settings import Flat, Setup, flat, parse
+from common.settings import FIXED, Flat, Setup, flat, parse
 from common.sampler import Rollout
 from common.tasks import Problem, first_different, take
 from common.teacher import kl_by_place
@@ -197,8 +197,8 @@ class Trace(NamedTuple):
 
 COLLECT_BATCH = 256  # questions at a time; an interrupted collection resumes after the last batch
 COLLECTED = (  # the traces depend on these settings: a resumed collection must not change them
-    "model", "task", "seed", "srt_questions", "inits", "revisions", "srt_temperature",
-    "srt_top_p", "srt_max_tokens"
+    *FIXED, "baseline", "srt_questions", "inits", "revisions", "srt_temperature", "srt_top_p",
+    "srt_max_tokens",
 )
 
 
@@ -212,8 +212,8 @@ def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, a
     settings = [flat(args)[name] for name in COLLECTED]
     require(
         all(batch["settings"] == settings for batch in done),
-        f"{path} was begun with another --model, --task, --seed, --inits, --revisions, "
-        "--srt_questions, or sampling of phase 1: go on with the old ones, or give another --name",
+        f"{path} was begun with other settings of the model, the data, the seed or phase 1's "
+        "sampling (they are in its lines): go on with those, or give another --name",
     )
     if run.rank == 0 and path.exists():
         os.truncate(path, size)  # drop what an interrupted batch left behind
@@ -429,7 +429,7 @@ def main(args: Args) -> None:
     )
     run.resume(policy, optimizer, rollouts, teacher=teacher)
 
-    traces: list[Trace] = []
+    traces = []
     if args.phase != "sd" and not args.setup.eval_only:
         path = Path(args.traces or run.folder / "traces.jsonl")
         if not args.traces:

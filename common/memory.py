@@ -85,8 +85,7 @@ def plan(args, lm: PreTrainedModel, rollouts, world: int, copies: int) -> str:
     if setup.shard == "all":
         shards = world
     mine = args.batch_size * getattr(args, "group_size", 1) // world  # rollouts
-    evaluated = setup.heldout * setup.eval_samples // world  # rollouts of an evaluation
-    rows, vllm = min(setup.sampler_rows, max(mine, evaluated)), 0
+    rows, vllm = setup.sampler_rows, 0  # an evaluation can fill them if a step does not
     if setup.sampler == "vllm":
         rows, vllm = 0, int(setup.vllm_memory * gpu)
     longest = int(rollouts.longest)

@@ -196,10 +196,11 @@ class HFSampler:
         size = max(1, self.rows // n)  # prompts at a time
         for start in range(0, len(order), size):
             part = order[start : start + size]
+            named = [keys[i] for i in part]
+            asked = [prompts[i] for i in part]
             for first in range(0, n, self.rows):  # more than once if n > rows
                 samples = range(first, min(first + self.rows, n))
-                uniforms = random_streams(seed, [keys[i] for i in part], samples, max_tokens)
-                asked = [prompts[i] for i in part]
+                uniforms = random_streams(seed, named, samples, max_tokens)
                 decoded = self.decode(asked, len(samples), uniforms, temperature, top_p, top_k)
                 for row, (ids, logprobs) in enumerate(zip(*decoded)):
                     i = part[row // len(samples)]

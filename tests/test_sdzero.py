@@ -321,13 +321,14 @@ def test_a_kill_in_the_middle_of_the_collection_goes_on_where_it_stopped(whole, 
     assert path.read_bytes().startswith(kept) and path.read_bytes() == (whole / "traces.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("flag, new", [("--revisions", "8"), ("--srt_questions", "9"), ("--srt_max_tokens", "32")])
+@pytest.mark.parametrize("flag, new", [("--revisions", "8"), ("--srt_questions", "9"), ("--srt_max_tokens", "32"),
+                                       ("--instruction", "Answer."), ("--heldout", "5"), ("--baseline", "sft")])
 def test_a_collection_goes_on_with_its_own_settings_only(flag, new, tmp_path):
-    flags = ["--name", "changed", "--srt_max_tokens", "2"]
+    flags = ["--name", "changed", "--srt_max_tokens", "2", "--phase", "srt"]
     with pytest.raises(SystemExit, match="no trace is left"):
         run(tmp_path, *flags)
     torch.distributed.destroy_process_group()
-    with pytest.raises(SystemExit, match=r"traces.jsonl was begun with another .*: go on with the old ones"):
+    with pytest.raises(SystemExit, match=r"traces.jsonl was begun with other settings .*: go on with those"):
         run(tmp_path, *flags, flag, new, "--resume", "auto")
     torch.distributed.destroy_process_group()
 

@@ -353,7 +353,7 @@ def first_different(problems: Sequence[Problem], count: int) -> list[Problem]:
     for problem in problems:
         if len(different) == count:
             break
-        different.setdefault(problem.id, problem)
+        different[problem.id] = problem
     return list(different.values())
 
 
