@@ -130,10 +130,11 @@ CHOICE = dict(kind="mcq", prompt="Which is a metal?\n\nA: sulphur\nB: iron\nC: n
 def test_multiple_choice_takes_the_letter_of_the_last_answer_block_alone(verifier):
     problem = record(**CHOICE)
     assert problem.messages[0] == {"role": "system", "content": "Pick one."} and problem.kind == "choice"
-    right = ["<reasoning>iron</reasoning>\n<answer>\nB\n</answer>", "<answer>A</answer> no, <answer>B</answer>"]
+    right = ["<reasoning>iron</reasoning>\n<answer>\nB\n</answer>", "<answer>A</answer> no, <answer>B</answer>",
+             "<reasoning>iron\n<answer>\nB\n</answer>"]
     wrong = ["<answer>A</answer>", "<answer>b</answer>", "<answer>B: iron</answer>", "<answer>(B)</answer>", "B",
              "<answer>B</answer><answer>C</answer>", "<answer>B", "<answer></answer>", "<answer>A B</answer>", ""]
-    assert rewards(verifier, problem, *right) == [1, 1] and rewards(verifier, problem, *wrong) == [0] * len(wrong)
+    assert rewards(verifier, problem, *right) == [1] * 3 and rewards(verifier, problem, *wrong) == [0] * len(wrong)
 
 
 TOOLS = dict(kind="tooluse", prompt="Show me a wild one and a white one.", answer=json.dumps([
