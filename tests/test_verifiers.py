@@ -382,7 +382,7 @@ def test_every_math500_gold_equals_itself_and_its_worked_solution(verifier):
 @needs_data
 def test_gsm8k_and_aime_golds(verifier):
     gsm8k, aime = load_problems("gsm8k", data_dir=DATA), load_problems("aime24", data_dir=DATA)
-    assert all(rewards_of(verifier, gsm8k, [f"{p.solution}\n#### {p.answer}" for p in gsm8k]))
+    assert all(rewards_of(verifier, gsm8k, [p.solution for p in gsm8k]))
     problems = gsm8k[:200] + aime
     values = [int(p.answer.replace(",", "")) for p in problems]
     assert all(rewards_of(verifier, problems, [f"It is \\boxed{{{value}}}." for value in values]))
