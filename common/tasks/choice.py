@@ -38,12 +38,17 @@ def from_record(record: Record) -> Problem:
     """The question with its options, unless the question itself shows them, as in SDPO's files."""
     user = record.question
     labels, texts = options(record)
-    if not texts:
-        return record.problem("choice", user, letter(record), record.solution)
-    right = right_label(record, labels, texts)
-    shown = [f"{label}: {text}" for label, text in zip(labels, texts)]
-    user = "\n".join([user, "", *shown, "", INSTRUCTION])
-    return record.problem("choice", user, right, record.solution)
+    if texts:
+        right = right_label(record, labels, texts)
+        shown = [f"{label}: {text}" for label, text in zip(labels, texts)]
+        user = "\n".join([user, "", *shown, "", INSTRUCTION])
+    else:
+        right = letter(record)
+    solution = record.solution
+    if solution and last_block(solution, "<answer>", "</answer>") != right:
+        # a rationale; a solution must end in the answer
+        solution = f"{solution.strip()}\n<answer>{right}</answer>"
+    return record.problem("choice", user, right, solution)
 
 
 def letter(record: Record) -> str:
