@@ -331,6 +331,11 @@ def check(rollouts: Rollouts, args: Args) -> None:
         "--context answer with --grpo_mix 0",
     )
     chats = [teacher_chat(problem, None, args) for problem in rollouts.task.at_hand]
+    require(
+        args.context == "peer" or any(chats) or not chats,
+        f"--context {args.context}: no problem has one, so the teacher would see nothing; take "
+        "another --context, or other data",
+    )
     rollouts.check_lengths(chats, why=" (with the teacher's context)")
 
 

@@ -353,9 +353,13 @@ def check(rollouts: Rollouts, args: Args) -> None:
         f"--granularity {args.granularity} needs the reverse KL: add --kl reverse",
     )
     require(
-        args.group_size > 1 or args.context != "solution",
-        "--group_size 1: a response has no sibling whose solution the teacher could see; raise it, "
-        "or take --context either",
+        args.top_k == 0 or args.granularity == "logit",
+        f"--granularity {args.granularity} compares no {args.top_k} entries: leave out --top_k",
+    )
+    require(
+        args.group_size > 1 or (args.context != "solution" and args.lam == 0),
+        "--group_size 1: a response has no sibling whose solution the teacher could see, and no "
+        "advantage; raise it, or take --context either with --lam 0",
     )
     if args.context != "feedback":
         chats = [teacher_chat(problem, "", None, args) for problem in rollouts.task.at_hand]

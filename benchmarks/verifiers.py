@@ -163,7 +163,7 @@ def aime24(verifier: Verifier, data: str) -> dict:
 
 def gsm8k(verifier: Verifier, split: str, data: str) -> dict:
     problems = load_problems("gsm8k", split, data_dir=data)
-    out = maths(verifier, problems, [f"{p.solution}\n#### {p.answer}" for p in problems])
+    out = maths(verifier, problems, [problem.solution for problem in problems])
     announced = [f"**The answer is {problem.answer}.**" for problem in problems]
     out["announced_in_prose"] = passed(verifier, problems, announced)
     for name, form in GSM8K_NEAR_MISSES.items():

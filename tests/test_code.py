@@ -5,6 +5,7 @@ import pytest
 from test_sandbox import bubblewrap_works
 
 from common.tasks import Problem, code
+from common.tasks.contests import SCRIPT_SETUP
 from common.tasks.kinds import as_problem
 from common.tasks.programs import last_program
 from common.verifiers.pool import Verifier
@@ -182,6 +183,17 @@ def test_livecodebenchs_programs_have_what_its_harness_imports(verifier):
     apps = {"question": "?", "starter_code": "", "solutions": "", "input_output": '{"inputs": ["3 1"], "outputs": ["1"]}'}
     [verdict] = judged(verifier, as_problem(apps, "here"), SCRIPT)
     assert verdict.reward == 0 and "NameError" in verdict.feedback
+
+
+def test_what_a_script_prints_is_compared_by_value_if_it_is_a_number_and_else_as_text():
+    """Also as Python prints small and large floats. Digits after a leading zero are a text, such as a code of bits."""
+    space: dict = {}
+    exec(SCRIPT_SETUP, space)
+    words = space["words"]
+    for expected, *printed in (["2.50", "2.5"], ["3", "3.0"], ["0", "-0.0"], ["0.0000001", "1e-07"], ["1" + 21 * "0", "1e+21"]):
+        assert all(words(text) == words(expected) for text in printed)
+    for expected, printed in (("0110", "110"), ("07", "7"), ("-01", "-1"), ("100000", "1e5"), ("1 2", "12"), ("YES", "yes")):
+        assert words(printed) != words(expected)
 
 
 def test_an_integer_of_five_thousand_digits_is_a_test(verifier):

@@ -245,6 +245,18 @@ def test_a_question_without_an_answer_uses_the_peer_alone_and_is_masked_without_
     assert hsd.teacher_chat(problem, None, hsd.Args()) is None
 
 
+@pytest.mark.parametrize("context, answers", [("solution", ["5", "6"]), ("answer", [None, None])])
+def test_a_context_that_no_problem_has_ends_the_run_before_it_samples(context, answers):
+    """One problem that has it is enough: a mixture may have others."""
+    problems = [Problem(str(i), [{"role": "user", "content": "q"}], answer) for i, answer in enumerate(answers)]
+    rollouts = SimpleNamespace(task=SimpleNamespace(at_hand=problems), check_lengths=lambda *_, **__: None)
+    with pytest.raises(SystemExit, match=f"--context {context}: no problem has one"):
+        hsd.check(rollouts, hsd.Args(context=context))
+    hsd.check(rollouts, hsd.Args())
+    problems.append(replace(problems[0], answer="7", solution="It is 7."))
+    hsd.check(rollouts, hsd.Args(context=context))
+
+
 def test_answer_and_solution_contexts_are_opsds():
     problem = Problem("p", [{"role": "user", "content": "q"}], answer="5", solution="2+3=5")
     answer, solution = (hsd.teacher_chat(problem, "peer", hsd.Args(context=c))[-1]["content"] for c in ("answer", "solution"))

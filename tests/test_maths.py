@@ -130,6 +130,7 @@ SAME = {
         ("28", ["28%", r"28\%", "28 percent", "28 dollars", "28 apples", r"28 \text{ apples}", r"\text{28 apples}", "28 eggs per day", "28 years old"],
          ["0.28", "28/100", "28 dozen", "28 hundred", "28 thousand", r"28 \text{ halves}", "28 or 29", "28 plus 3", "28 minus"]),
         ("0.28", ["28%", "0.28"], ["28", "0.28%"]),
+        ("0", ["0%", r"0\%"], ["1%"]),
         (r"30^\circ", ["30", "30°", "30 degrees", r"30^{\circ}", r"30\text{ degrees}", r"\frac{\pi}{6}", r"30\degree"], ["60", r"\frac{\pi}{3}", r"30\pi", "150"]),
         (r"\frac{\pi}{6}", [r"30^\circ", "π/6", "pi/6", r"\frac16\pi"], ["30", r"60^\circ", r"\frac{\pi}{3}"]),
         (r"\$18", ["18", r"\$18", "$18", "18 dollars", "18 USD", "$18.00", "18 dollars per day"], ["€18", "18 cents", "1.8", r"\$180", r"-\$18"]),

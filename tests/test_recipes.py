@@ -174,6 +174,7 @@ def module_parameters():
     ("rlsd", ["--dual_clip", "0.5"], "--dual_clip 0.5 must be above 1"),
     ("sdpo", ["--adv_clip", "5", "--granularity", "sampled"], "with --granularity logit or token"),
     ("sdpo", ["--kl", "jsd", "--granularity", "sequence"], "--granularity sequence needs the reverse KL: add --kl reverse"),
+    ("sdpo", ["--granularity", "token", "--top_k", "20"], "--granularity token compares no 20 entries: leave out --top_k"),
     ("sdpo", ["--max_tokens", "600"], "2 × --max_tokens 600 can exceed"),
     ("hsd", ["--entry_clip", "0.1", "--kl", "jsd"], "--entry_clip bounds the entries of --kl forward"),
     ("hsd", ["--max_tokens", "984"], "--max_tokens 984 can exceed the model's context of 1024 (with the teacher's context)"),

@@ -15,7 +15,7 @@ from common.tasks.choice import INSTRUCTION as LETTER
 from common.tasks.kinds import as_problem
 from common.tasks.maths import INSTRUCTION as BOX
 from common.tasks.records import BadRecord
-from common.verifiers.pool import Verifier
+from common.verifiers.pool import Verifier, judge
 
 DAPO = "Solve the problem. The last line must be of the form Answer: $Answer.\n\nWhat is 17 + 17?"
 VERL = {  # DAPO-17k and the files that verl's scripts write
@@ -74,7 +74,7 @@ LAYOUTS = {  # name → record, kind, answer (also in the form that golds get), 
     "AQuA": ({"question": "?", "options": ["A)21", "B)22"], "rationale": "r", "correct": "B"}, "choice", "B", "B: 22", "B)"),
     "MathQA": ({"Problem": "?", "Rationale": "r", "options": "a ) 38 , b ) 27.675", "correct": "b"}, "choice", "B", "A: 38\nB: 27.675", " ,"),
     "BoolQ": ({"question": "Is it?", "passage": "It is.", "answer": True}, "choice", "A", "It is.\n\nIs it?\n\nA: yes\nB: no", "True"),
-    "TruthfulQA": ({"question": "?", "mc1_targets": {"choices": ["p", "q"], "labels": [0, 1]}}, "choice", "B", "A: p\nB: q", "labels"),
+    "TruthfulQA": ({"question": "?", "mc1_targets": {"choices": ["p", "q"], "labels": [1, 0]}}, "choice", "B", "A: q\nB: p", "labels"),
     "MetaMath": ({"query": "?", "response": "so\n#### 5\nThe answer is: 5", "type": "GSM"}, "math", "5", "?", "so"),
     "Orca-Math": ({"question": "?", "answer": "It takes long, so the answer is \\boxed{3}."}, "math", "3", "?", "long"),
     "a list as text": ({"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": '["402"]'}}, "math", "402", "?", "402"),
@@ -115,6 +115,30 @@ def test_a_dotted_field_leads_into_an_object_or_its_json():
 # ---------------------------------------------------------------------------------------------------------------------
 ROWS = [{"question": f"Wie groß ist {i}?", "answer": str(i)} for i in range(4)]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+
+
+@pytest.mark.parametrize("layout, solution", [
+    ("AQuA", "r\n<answer>B</answer>"), ("MathQA", "r\n<answer>B</answer>"), ("GSM8K", "2+3=<<2+3=5>>5\n#### 5"),
+    ("MATH", r"$3^2=\boxed{9}$."), ("MetaMath", "so\n#### 5\nThe answer is: 5")])
+def test_a_worked_solution_ends_in_the_answer_and_is_right(layout, solution):
+    """A teacher shows it as one that passed the check, and SFT trains on it."""
+    problem = as_problem(LAYOUTS[layout][0], "here")
+    assert problem.solution == solution and judge(problem, solution).reward == 1
+
+
+def test_a_solution_of_a_choice_that_has_its_answer_is_not_changed():
+    row = {"question": "?", "choices": ["p", "q"], "answer": 1, "solution": "So\n<answer>B</answer>"}
+    assert as_problem(row, "here").solution == row["solution"]
+
+
+def test_sets_that_list_the_right_option_first_do_not_show_it_first():
+    """TruthfulQA does, and GPQA has it apart: answering A must not be right each time."""
+    rows = [{"question": f"{i}?", "mc1_targets": {"choices": [f"yes {i}", f"no {i}"], "labels": [1, 0]}} for i in range(9)]
+    rows += [{"question": f"{i}?", "correct_answer": f"yes {i}", "distractor1": f"no {i}"} for i in range(9)]
+    problems = [as_problem(row, "here") for row in rows]
+    for problem, row in zip(problems, rows):
+        assert f"{problem.answer}: yes {row['question'][:-1]}\n" in problem.messages[0]["content"]
+    assert {p.answer for p in problems[:9]} == {p.answer for p in problems[9:]} == {"A", "B"}
 
 
 @pytest.mark.parametrize("name, data", [

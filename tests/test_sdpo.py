@@ -211,6 +211,15 @@ def test_thoughts_are_cut_from_demonstrations():
     assert "thought" not in text and "answer 5" in text
 
 
+def test_reasoning_that_the_prompt_asks_for_is_shown_as_a_part_of_the_solution():
+    """SciKnowEval's system message asks for <reasoning> before <answer>; the released code cuts <think> alone."""
+    system = {"role": "system", "content": "Respond so:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"}
+    problem = Problem("p", [system, {"role": "user", "content": "q"}])
+    right = "<think>hm</think><reasoning>\nIron conducts.\n</reasoning>\n<answer>\nB\n</answer>"
+    text = sdpo.teacher_chat(problem, right, None, sdpo.Args())[-1]["content"]
+    assert "<reasoning>\nIron conducts.\n</reasoning>\n<answer>\nB" in text and "hm" not in text
+
+
 def test_an_average_moves_by_one_percent_of_the_student_in_fp32(one_process):
     """α = 0.01 of a difference that bf16 cannot hold: weights near 1 and a step of 2e-4."""
     teacher, student = (load_policy(CHAIN, torch.device("cpu"), Setup()) for _ in range(2))

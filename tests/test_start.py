@@ -112,7 +112,7 @@ def test_ranks_that_do_not_divide_into_engines_are_refused(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("name, flags", [("hsd", []), ("hsd", ["--context", "answer", "--grpo_mix", "0.5"]),
-                                         ("sdpo", ["--context", "solution"])])
+                                         ("sdpo", ["--context", "solution"]), ("sdpo", ["--lam", "0.9"])])
 def test_a_group_of_one_has_no_peer(name, flags, tmp_path):
     said = refusal(start, name, "--dry_run", "--out", str(tmp_path), "--group_size", "1", *flags)
     assert "--group_size 1: a " in said and "raise it, or take --context" in said

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from common.tasks import Problem, chain, code, gym, load_problems, load_task, take
 from common.tasks.chain import chain_problems
 from common.tasks.kinds import as_problem
-from common.tasks.maths import INSTRUCTION
+from common.tasks.maths import INSTRUCTION, judge
 from common.tasks.mixtures import blend, mixture, overlap
 from common.tasks.sets import SETS
 
@@ -156,7 +156,8 @@ def test_fields_are_found_by_their_usual_names_or_by_flag(tmp_path):
 
 def test_an_answer_after_four_hashes_is_taken_apart():
     p = as_problem({"question": "?", "answer": "2+3=5\n5-1=4\n#### 4"}, "here", "", None)
-    assert (p.answer, p.solution) == ("4", "2+3=5\n5-1=4")
+    assert (p.answer, p.solution) == ("4", "2+3=5\n5-1=4\n#### 4")
+    assert judge(p, p.solution).reward == 1  # what a teacher shows and SFT trains on ends in the answer
 
 
 @pytest.mark.parametrize("line, message", [

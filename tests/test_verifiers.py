@@ -130,10 +130,11 @@ CHOICE = dict(kind="mcq", prompt="Which is a metal?\n\nA: sulphur\nB: iron\nC: n
 def test_multiple_choice_takes_the_letter_of_the_last_answer_block_alone(verifier):
     problem = record(**CHOICE)
     assert problem.messages[0] == {"role": "system", "content": "Pick one."} and problem.kind == "choice"
-    right = ["<reasoning>iron</reasoning>\n<answer>\nB\n</answer>", "<answer>A</answer> no, <answer>B</answer>"]
+    right = ["<reasoning>iron</reasoning>\n<answer>\nB\n</answer>", "<answer>A</answer> no, <answer>B</answer>",
+             "<reasoning>iron\n<answer>\nB\n</answer>"]
     wrong = ["<answer>A</answer>", "<answer>b</answer>", "<answer>B: iron</answer>", "<answer>(B)</answer>", "B",
              "<answer>B</answer><answer>C</answer>", "<answer>B", "<answer></answer>", "<answer>A B</answer>", ""]
-    assert rewards(verifier, problem, *right) == [1, 1] and rewards(verifier, problem, *wrong) == [0] * len(wrong)
+    assert rewards(verifier, problem, *right) == [1] * 3 and rewards(verifier, problem, *wrong) == [0] * len(wrong)
 
 
 TOOLS = dict(kind="tooluse", prompt="Show me a wild one and a white one.", answer=json.dumps([
@@ -381,7 +382,7 @@ def test_every_math500_gold_equals_itself_and_its_worked_solution(verifier):
 @needs_data
 def test_gsm8k_and_aime_golds(verifier):
     gsm8k, aime = load_problems("gsm8k", data_dir=DATA), load_problems("aime24", data_dir=DATA)
-    assert all(rewards_of(verifier, gsm8k, [f"{p.solution}\n#### {p.answer}" for p in gsm8k]))
+    assert all(rewards_of(verifier, gsm8k, [p.solution for p in gsm8k]))
     problems = gsm8k[:200] + aime
     values = [int(p.answer.replace(",", "")) for p in problems]
     assert all(rewards_of(verifier, problems, [f"It is \\boxed{{{value}}}." for value in values]))

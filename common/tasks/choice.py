@@ -38,12 +38,17 @@ def from_record(record: Record) -> Problem:
     """The question with its options, unless the question itself shows them, as in SDPO's files."""
     user = record.question
     labels, texts = options(record)
-    if not texts:
-        return record.problem("choice", user, letter(record), record.solution)
-    right = right_label(record, labels, texts)
-    shown = [f"{label}: {text}" for label, text in zip(labels, texts)]
-    user = "\n".join([user, "", *shown, "", INSTRUCTION])
-    return record.problem("choice", user, right, record.solution)
+    if texts:
+        right = right_label(record, labels, texts)
+        shown = [f"{label}: {text}" for label, text in zip(labels, texts)]
+        user = "\n".join([user, "", *shown, "", INSTRUCTION])
+    else:
+        right = letter(record)
+    solution = record.solution
+    if solution and last_block(solution, "<answer>", "</answer>") != right:
+        # a rationale; a solution must end in the answer
+        solution = f"{solution.strip()}\n<answer>{right}</answer>"
+    return record.problem("choice", user, right, solution)
 
 
 def letter(record: Record) -> str:
@@ -80,6 +85,8 @@ def options(record: Record) -> tuple[list[str], list[str]]:
     """→ (the labels, the texts) of the options; empty if the record lists none."""
     for name in OPTIONS:
         labels, texts = found(record.data, name)
+        if name == "mc1_targets":  # TruthfulQA: the right one is always the first
+            texts = sorted(texts, key=digest)
         if texts:
             break
     else:
@@ -150,8 +157,8 @@ def apart(data: dict) -> tuple[str, list[str]]:
     return "", []
 
 
-def digest(text: str) -> bytes:
-    return hashlib.sha1(text.encode(errors="replace")).digest()
+def digest(text: Any) -> bytes:
+    return hashlib.sha1(str(text).encode(errors="replace")).digest()
 
 
 def plain(value: Any) -> bool:
@@ -181,9 +188,9 @@ def right_label(record: Record, labels: list[str], texts: list[str]) -> str:
     if isinstance(record.answer, bool):
         return labels[0] if record.answer else labels[1]  # yes, no
     scores = record.data.get("mc1_targets")
-    if isinstance(scores, dict):  # TruthfulQA: 1 for the right one, else 0
-        places = [i for i, score in enumerate(scores.get("labels", ())) if score == 1]
-        answers = places[:1]
+    if isinstance(scores, dict):  # 1 for the right one, else 0
+        scored = zip(scores.get("choices", ()), scores.get("labels", ()))
+        answers = [text for text, score in scored if score == 1]
     else:
         answers = [first(record.data, (name,)) for name in RIGHT]
         answers = [answer for answer in (record.answer, *answers) if not empty(answer)]

@@ -17,8 +17,8 @@ def as_lists(x):
 SCRIPT_SETUP = """
 import re
 from decimal import Decimal
-def words(text):  # line by line, numbers by value, as contests compare
-    number = re.compile("-?[0-9]{1,40}([.][0-9]{1,40})?")
+def words(text):  # line by line, numbers by value, as contests compare; 0110 is a text of digits
+    number = re.compile("-?(0|[1-9][0-9]{0,39})([.][0-9]{1,40})?(e[+-][0-9]{2,3})?")
     as_value = lambda word: Decimal(word) if number.fullmatch(word) else word
     return [[as_value(word) for word in line.split()] for line in text.strip().splitlines()]
 """

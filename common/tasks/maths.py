@@ -27,9 +27,8 @@ def from_record(record: Record, instruction: str | None) -> Problem:
     solution = record.solution
     answer = reference(record)
     if "####" in answer:
-        worked, _, answer = answer.rpartition("####")
-        answer = answer.strip().partition("\n")[0]
-        solution = solution or worked.strip()
+        solution = solution or answer.strip()  # whole: it must end in the answer
+        answer = answer.rpartition("####")[2].strip().partition("\n")[0]
     elif len(answer) > MAX_REFERENCE and last_boxed(answer):
         solution, answer = solution or answer, last_boxed(answer)
     if instruction is None:

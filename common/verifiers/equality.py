@@ -159,8 +159,8 @@ def same_percents(gold: Node, gold_percent: bool, answer: Node, answer_percent: 
     if gold_percent:
         return alone or equal(Node("mul", (gold, HUNDREDTH)), answer)
     value = exact(gold)
-    if alone:
-        return value is None or abs(value) >= 1
+    if alone and (value is None or abs(value) >= 1):
+        return True
     return equal(gold, Node("mul", (answer, HUNDREDTH)))
 
 

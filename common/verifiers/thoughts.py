@@ -3,11 +3,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-THOUGHTS = (  # what opens and what closes a thought
+THOUGHTS = (  # what opens and what closes a thought; <reasoning> is a format that prompts ask for
     ("<think>", "</think>"),  # DeepSeek-R1, Qwen3 and most others
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),  # EXAONE Deep
-    ("<reasoning>", "</reasoning>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker, Sky-T1
     ("[THINK]", "[/THINK]"),  # Magistral
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
