@@ -116,6 +116,7 @@ def presets(args: Args) -> dict:
 # --------------------------------------------------------------------------------------------------
 SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
+TOO_LONG = "It is too long: it was cut off after {tokens} tokens."  # instead of the checker's words
 CLOSING = "Now answer the original question."  # best of those measured: docs/teacher.md
 LAYOUT = ("question", "solution", "feedback", "closing")  # the order of Table 2
 
@@ -168,6 +169,8 @@ def teacher_prompts(batch: Batch, rollouts: Rollouts, step: int, args: Args) -> 
                 solution = rollouts.as_text(after_thoughts(group.rollouts[j].text))
             if verdict.reward < 1:  # a success needs no correction
                 feedback = rollouts.as_text(verdict.feedback)
+                if rollout.truncated:
+                    feedback = TOO_LONG.format(tokens=len(rollout.response_ids))
             chat = teacher_chat(group.problem, solution, feedback, args)
             has_context.append(chat is not None)
             if chat is None:

@@ -287,6 +287,16 @@ def test_feedback_on_a_response_that_passed_is_not_shown(context, rollouts):
     assert prompts[0] == batch.prompts[0] and "not yet" in rollouts.tokenizer.decode(prompts[1])
 
 
+def test_feedback_on_a_response_that_was_cut_off_says_so(rollouts):
+    """As released: what a checker finds in half a response would mislead."""
+    group = group_of((0.0, "half a pro", "SyntaxError"), (0.0, "whole", "IndexError"))
+    group.rollouts[0].finish_reason = "length"
+    prompts, _, shown = sdpo.teacher_prompts(Batch([group]), rollouts, 0, sdpo.Args())
+    cut, whole = map(rollouts.tokenizer.decode, prompts)
+    assert shown == ["feedback"] * 2 and "cut off after 2 tokens" in cut
+    assert "SyntaxError" not in cut and "IndexError" in whole and "cut off" not in whole
+
+
 def test_what_a_teacher_is_shown_is_the_text_of_another_right_response(rollouts):
     """Of the same question, with control tokens as text; a failure that has no such sibling is shown its feedback."""
     groups = [
