@@ -1,4 +1,5 @@
 """The training forward: packing, positions, splits over micro-batches and ranks, and agreement with the sampler."""
+import math
 import random
 from functools import partial
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from common.policy import (
     load_policy,
     local,
     make_optimizer,
+    mismatch,
     optimizer_step,
     score,
     trained_parameters,
@@ -231,6 +233,44 @@ def test_any_split_of_a_batch_gives_the_same_gradient(tmp_path, one_process):
             scale = max(x.abs().max() for (other, _), x in whole.items() if other == loss).item()
             assert scale > 1e-5
             torch.testing.assert_close(g, whole[loss, name], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("max_norm, factor", [(1.0, 0.2), (5.1, 1.0)])
+def test_an_update_clips_the_gradient_and_takes_the_learning_rate_it_is_given(max_norm, factor):
+    """Whatever the rate before was; what is logged is the norm before clipping, 5."""
+    layer = torch.nn.Linear(2, 1, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=9.0)
+    layer.weight.grad = torch.tensor([[3.0, -4.0]])
+    metrics = optimizer_step(layer, optimizer, 0.1, max_norm)
+    moved = before - 0.1 * factor * torch.tensor([[3.0, -4.0]])
+    torch.testing.assert_close(layer.weight.detach(), moved, rtol=0, atol=1e-6)
+    assert metrics["grad_norm"] == [5.0] and metrics["lr"] == [0.1] and layer.weight.grad is None
+
+
+def test_adamw_is_made_with_the_methods_moments_and_decay():
+    """The first two updates of one weight, by AdamW's own formula."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    args = SimpleNamespace(lr=0.1, weight_decay=0.5)
+    for overrides, decay in (({}, 0.5), ({"weight_decay": 0.25}, 0.25)):
+        optimizer = make_optimizer(layer, args, betas=(0.6, 0.7), **overrides)
+        torch.nn.init.constant_(layer.weight, 2.0)
+        w, m, v = 2.0, 0.0, 0.0
+        for t, g in ((1, 1.0), (2, -3.0)):
+            layer.weight.grad = torch.full((1, 1), g)
+            optimizer_step(layer, optimizer, args.lr, 100.0)
+            m, v = 0.6 * m + 0.4 * g, 0.7 * v + 0.3 * g * g
+            w -= 0.1 * decay * w + 0.1 * (m / (1 - 0.6**t)) / (v / (1 - 0.7**t)) ** 0.5
+            assert layer.weight.item() == pytest.approx(w, rel=1e-5)
+
+
+def test_what_is_logged_of_the_gap_between_trainer_and_sampler():
+    trainer, sampler = torch.tensor([-1.0, -3.0, -2.0, -1.0]), torch.tensor([-1.0, -2.0, -4.0, -41.0])
+    found = mismatch(trainer, sampler, tis=3.0)
+    assert found["mismatch/max_abs_dlogp"].tolist() == [0, 1, 2, 40]
+    assert found["mismatch/tis"].tolist() == pytest.approx([1, math.exp(-1), 3, 3])
+    assert found["mismatch/kl"].tolist()[:3] == pytest.approx([0, math.exp(-1), math.exp(2) - 3])
+    assert "mismatch/tis" not in mismatch(trainer, sampler)
 
 
 def test_reading_a_policy_twice_moves_nothing(one_process):
