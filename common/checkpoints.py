@@ -64,7 +64,11 @@ def load(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, teacher
 
 def training_state(policy: Policy, optimizer: torch.optim.Optimizer, teacher) -> dict:
     """The trained fp32 weights (adapters alone with LoRA), the moments, and the teacher."""
+    fresh = not optimizer.state
     weights, moments = get_state_dict(policy, optimizer)
+    if fresh:  # torch made moments by an update with lr 0, which must not count
+        for state in optimizer.state.values():
+            state["step"].zero_()
     for name, p in policy.named_parameters(remove_duplicate=False):
         if not p.requires_grad:
             weights.pop(name, None)

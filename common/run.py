@@ -369,11 +369,9 @@ class Run:
         """Drop what was logged after the resumed step, or cut short by a kill."""
         for name in RECORDS:  # the metrics last: they are the history
             path, part = self.folder / name, self.folder / f"tmp-{name}"
-            rows = []
-            if path.exists():
-                rows = path.read_text().splitlines(keepends=True)
+            path.touch()
             kept = []
-            for row in rows:
+            for row in path.read_text().splitlines(keepends=True):
                 if row.endswith("\n") and json.loads(row)["step"] < self.step:
                     kept.append(row)
             part.write_text("".join(kept))
