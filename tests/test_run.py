@@ -384,6 +384,7 @@ def metrics_of_a_rank(out: str) -> None:
         "bools": [[True, False]] if rank == 0 else [torch.tensor([True, True])],
         "only on the second": [[]] if rank == 0 else [[8.0]],
         "nowhere": [torch.empty(0)],
+        "max of nothing": [[]],
     }
     Path(f"{out}/{rank}").write_text(json.dumps(reduce_over_ranks(metrics)))
     dist.destroy_process_group()
