@@ -261,6 +261,7 @@ class Rollouts:
             repeated += [problem] * n
             texts += [rollout.text for rollout in rollouts]
         verdicts = self.verifier(repeated, texts)
+        self.run.phase("other")
         parts = [verdicts[i : i + n] for i in range(0, len(verdicts), n)]
         return list(map(Group, problems, sampled, parts))
 

@@ -40,7 +40,7 @@ def teacher_answers(rollouts: Rollouts, teacher: Policy, policy: Policy, batch: 
         [problems[i] for i in chosen], 1, TEACHER, keys, "evaluate",
         prompts=[prompts[i] for i in chosen],
     )
-    rollouts.sampler.load(full_weights(policy))
+    rollouts.sync(policy)
     answers = [group.rollouts[0] for group in groups]
     rewards = torch.tensor([group.verdicts[0].reward for group in groups])
     student = batch.rewards.mean(1, keepdim=True).expand_as(batch.rewards)

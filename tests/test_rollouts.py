@@ -155,7 +155,7 @@ def test_answers_are_judged_responses_to_the_prompts_that_are_given(make):
     longer = [[*prompt, *rollouts.tokenizer.encode("1+1")] for prompt in prompts]
     del rollouts.run.phases[:]
     groups = rollouts.answer(problems, 2, 7, [4, 9], "collect", prompts=longer, max_tokens=3)
-    assert rollouts.run.phases == ["collect", "collect"]
+    assert rollouts.run.phases == ["collect", "collect", "other"]
     for group, problem, prompt in zip(groups, problems, longer):
         assert group.problem is problem and len(group.rollouts) == len(group.verdicts) == 2
         for rollout, verdict in zip(group.rollouts, group.verdicts):
@@ -165,7 +165,7 @@ def test_answers_are_judged_responses_to_the_prompts_that_are_given(make):
     del rollouts.run.phases[:]
     same = rollouts.answer(problems[1:], 2, 7, [9], prompts=longer[1:], max_tokens=3)
     assert as_lists(same) == as_lists(groups[1:])  # its key names its random numbers
-    assert rollouts.run.phases == ["sample", "verify"]
+    assert rollouts.run.phases == ["sample", "verify", "other"]  # verdicts end where they end
 
 
 def test_evaluation_shows_no_hint_and_is_logged_under_its_names(make):
