@@ -35,7 +35,7 @@ def teacher_answers(rollouts: Rollouts, teacher: Policy, policy: Policy, batch: 
     run = rollouts.run
     run.phase("evaluate")
     rollouts.sampler.load(full_weights(teacher))
-    keys = range(run.rank, len(chosen) * run.world, run.world)
+    keys = [run.rank * len(prompts) + i for i in chosen]
     groups = rollouts.answer(
         [problems[i] for i in chosen], 1, TEACHER, keys, "evaluate",
         prompts=[prompts[i] for i in chosen],

@@ -209,6 +209,25 @@ def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):
     assert any(not torch.equal(mine[name], whole(p)) for name, p in others.items())
 
 
+def test_the_teacher_answers_on_two_ranks_as_on_one(make):
+    """Its random numbers are named by the rollout, whichever of them have a context."""
+    found = []
+    for world in (1, 2):
+        mine = []
+        for rank in range(world):
+            rollouts = make(rank, world)
+            batch = rollouts.sample(0)
+            has_context = batch.rewards < 1
+            has_context[0, 0] = True
+            answers = []
+            answer = rollouts.answer
+            rollouts.answer = lambda *args, **named: answers.extend(answer(*args, **named)) or answers
+            teacher_answers(rollouts, make.policy, make.policy, batch, batch.prompts, has_context)
+            mine += as_lists(answers)
+        found.append(mine)
+    assert len(found[0]) > 2 and found[0] == found[1]
+
+
 def test_the_divergence_is_split_by_what_a_token_says(one_process):
     tokenizer = load_tokenizer(CHAIN)
     texts = ["12+3=15; #### 15", "a", "\n\n; 漢"]  # the last in bytes
