@@ -45,7 +45,7 @@ def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, teacher
     (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    for old in sorted(folder.parent.glob("step_*"))[:-KEPT]:
+    for old in sorted(folder.parent.glob("step_??????"))[:-KEPT]:
         shutil.rmtree(old)
 
 
@@ -93,7 +93,7 @@ def checksum(path: Path) -> str:
 
 def last(run_folder: Path) -> Path | None:
     """The newest checkpoint of a run, if any."""
-    return max((run_folder / "checkpoints").glob("step_*"), default=None)
+    return max((run_folder / "checkpoints").glob("step_??????"), default=None)
 
 
 def choose(run_folder: Path, resume: str, method: str, settings: dict,

@@ -389,7 +389,7 @@ class Run:
             f"{free / 2**30:.2f} GiB free"
         )
         require(free >= size, f"{told}: make room, or give another --out")
-        kept = len(list((self.folder / "checkpoints").glob("step_*")))
+        kept = len(list((self.folder / "checkpoints").glob("step_??????")))
         if free < (checkpoints.KEPT + 1 - kept) * size:  # an old one goes when the new is complete
             self.say(f"{told}: it will be full before {checkpoints.KEPT} of them are there")
 
