@@ -605,7 +605,7 @@ def load_traces(path: Path, reserved: list[Problem], run: Run, args: Args) -> li
     require(
         len(kept) > 0,
         f"no trace is left to train on: {right} of {len(found)} end right; raise --revisions, "
-        "--srt_questions or --srt_max_tokens, leave out --wrong_share, or take easier problems",
+        "--srt_questions or --srt_max_tokens, take --wrong_share None, or easier problems",
     )
     return kept
 

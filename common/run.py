@@ -470,7 +470,7 @@ def remedies(run: Run) -> list[str]:
         limit = "--srt_max_tokens" if phase == "collect" else "--max_tokens"
         found += ["lower --sampler_rows", f"lower {limit}"]
     if phase == "update" and not setup.checkpointing:
-        found.append("add --checkpointing and leave out --share_prompts")
+        found.append("add --checkpointing --no-share_prompts")
     if setup.shard == "machine" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         found.append("add --shard all")
     if setup.lora_rank == 0:

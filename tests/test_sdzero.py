@@ -390,7 +390,7 @@ def test_a_checkpoint_under_another_name_does_not_collect_anew(whole, tmp_path):
 
 
 def test_no_right_revision_ends_with_advice(tmp_path):
-    with pytest.raises(SystemExit, match=r"no trace is left.* 0 of 24 end right.*raise --revisions"):
+    with pytest.raises(SystemExit, match=r"no trace is left.* 0 of 24 end right.*raise --revisions.*--wrong_share None"):
         run(tmp_path, "--name", "none", "--srt_max_tokens", "2")
     torch.distributed.destroy_process_group()
 
