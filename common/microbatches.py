@@ -99,7 +99,9 @@ def micro_batches(prompts: Ids, responses: Ids, kept: Tensor | None, setup: Setu
     micro-batches, so that FSDP's collectives match: ranks with fewer split some of theirs or add
     empty ones. A collective.
     """
-    sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    sizes = []
+    for prompt, response in zip(prompts, responses):
+        sizes.append(len(prompt) + len(response))
     rows = list(range(len(sizes)))
     if kept is not None:
         rows = kept.flatten().nonzero().flatten().tolist()

@@ -91,13 +91,12 @@ class Run:
         check_settings(args)
         self.method = Path(method).stem
         self.args, self.setup, self.updates = args, args.setup, updates
-        store, rank, world = rendezvous()
+        store, self.rank, self.world = rendezvous()
         cuda = torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT
+            backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT
         )
-        self.rank, self.world = rank, world
         self.device = torch.device("cpu")
         if cuda:
             self.device = torch.device("cuda", dist.get_node_local_rank(0))
@@ -216,7 +215,7 @@ class Run:
     def any_rank(self, value: bool) -> bool:
         flag = torch.tensor(float(value))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return flag.item() > 0
+        return bool(flag)
 
     def give_up_without_updates(self) -> None:
         require(
