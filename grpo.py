@@ -274,7 +274,7 @@ def check(args: Args) -> None:
     require(
         args.dynamic_sampling == 0 or args.setup.tensor_parallel == 1,
         "--dynamic_sampling: ranks that share an engine (--tensor_parallel) cannot sample "
-        "different numbers of rounds; leave out one of the two",
+        "different numbers of rounds; take --dynamic_sampling 0 or --tensor_parallel 1",
     )
 
 

@@ -52,7 +52,7 @@ from common.policy import (
 )
 from common.rollouts import Batch, Rollouts, check_fits, heldout_metrics
 from common.run import Run
-from common.settings import FIXED, Flat, Setup, flat, parse
+from common.settings import FIXED, Flat, Setup, flat, parse, same
 from common.sampler import Rollout
 from common.tasks import Problem, first_different, take
 from common.teacher import kl_by_place
@@ -211,7 +211,7 @@ def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, a
     _, done, size = read_traces(path)
     settings = [flat(args)[name] for name in COLLECTED]
     require(
-        all(batch["settings"] == settings for batch in done),
+        all(all(map(same, COLLECTED, batch["settings"], settings)) for batch in done),
         f"{path} was begun with other settings of the model, the data, the seed or phase 1's "
         "sampling (they are in its lines): go on with those, or give another --name",
     )
@@ -226,9 +226,9 @@ def collect(problems: list[Problem], path: Path, rollouts: Rollouts, run: Run, a
     for start in starts[len(done) :]:
         end = min(start + COLLECT_BATCH, len(problems))
         keys = range(start + run.rank, end, run.world)
-        traces, spent = collect_batch([problems[i] for i in keys], keys, rollouts, args)
+        mine = collect_batch([problems[i] for i in keys], keys, rollouts, args)
         parts = [None] * run.world
-        dist.all_gather_object(parts, (traces, spent))
+        dist.all_gather_object(parts, mine)
         if run.rank == 0:
             found = [trace for traces, _ in parts for trace in traces]
             found.sort(key=lambda trace: order[trace.id])  # the same file for any number of ranks
@@ -603,9 +603,9 @@ def load_traces(path: Path, reserved: list[Problem], run: Run, args: Args) -> li
     run.say(f"kept {len(kept)} of {len(found)} traces; y_init was wrong in {wrong}")
     right = sum(trace.right for trace in found)
     require(
-        len(kept) > 0,
+        kept,
         f"no trace is left to train on: {right} of {len(found)} end right; raise --revisions, "
-        "--srt_questions or --srt_max_tokens, leave out --wrong_share, or take easier problems",
+        "--srt_questions or --srt_max_tokens, take --wrong_share None, or easier problems",
     )
     return kept
 

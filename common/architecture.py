@@ -186,7 +186,8 @@ def check_architecture(lm: PreTrainedModel, path: str, *, sampler: str = "",
     if sampler == "hf":
         sampling_cache(lm)
     require(only_attends(lm) or not share_prompts, f"--share_prompts: {name} has layers other "
-            "than full and sliding attention, which cannot go on from a shared prompt; drop it")
+            "than full and sliding attention, which cannot go on from a shared prompt; add "
+            "--no-share_prompts")
     layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
     require(layers or not checkpointing, f"--checkpointing: {name} does not support it; add "
             "--no-checkpointing")

@@ -45,7 +45,7 @@ def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, teacher
     (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    for old in sorted(folder.parent.glob("step_*"))[:-KEPT]:
+    for old in sorted(folder.parent.glob("step_??????"))[:-KEPT]:
         shutil.rmtree(old)
 
 
@@ -64,7 +64,11 @@ def load(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, teacher
 
 def training_state(policy: Policy, optimizer: torch.optim.Optimizer, teacher) -> dict:
     """The trained fp32 weights (adapters alone with LoRA), the moments, and the teacher."""
+    fresh = not optimizer.state
     weights, moments = get_state_dict(policy, optimizer)
+    if fresh:  # torch made moments by an update with lr 0, which must not count
+        for state in optimizer.state.values():
+            state["step"].zero_()
     for name, p in policy.named_parameters(remove_duplicate=False):
         if not p.requires_grad:
             weights.pop(name, None)
@@ -89,7 +93,7 @@ def checksum(path: Path) -> str:
 
 def last(run_folder: Path) -> Path | None:
     """The newest checkpoint of a run, if any."""
-    return max((run_folder / "checkpoints").glob("step_*"), default=None)
+    return max((run_folder / "checkpoints").glob("step_??????"), default=None)
 
 
 def choose(run_folder: Path, resume: str, method: str, settings: dict,

@@ -32,13 +32,14 @@ def reduce_over_ranks(metrics: dict[str, list]) -> dict[str, float]:
     for name in metrics:
         values = torch.cat([as_column(part) for part in metrics[name]])
         if "max" in name:
-            top = torch.tensor(-torch.inf, dtype=torch.float64)
+            top = values.new_tensor(-torch.inf)
             if len(values):
                 top = values.max()
             dist.all_reduce(top, dist.ReduceOp.MAX)
-            out[name] = top.item()
+            if top != -torch.inf:
+                out[name] = top.item()
             continue
-        total = torch.stack([values.sum(), torch.tensor(len(values), dtype=torch.float64)])
+        total = torch.stack([values.sum(), values.new_tensor(len(values))])
         dist.all_reduce(total)
         if total[1] > 0:
             out[name] = (total[0] / total[1]).item()

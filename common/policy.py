@@ -442,7 +442,7 @@ def full_weights(model: Policy | Adapters) -> Iterator[tuple[str, Tensor]]:
             B = whole(adapters.pop(f"{layer}.lora_B.default.weight"))  # [out, rank]
             weight = merged(weight, A, B, lm.get_submodule(layer))
         yield name.replace(".base_layer", ""), weight
-    if names and adapters:
+    if adapters:
         raise ValueError(f"adapters that are not merged: {sorted(adapters)}")
     for name, buffer in saved_buffers(lm).items():
         yield name.replace(".base_layer", ""), whole(buffer)

@@ -261,10 +261,9 @@ class Rollouts:
             repeated += [problem] * n
             texts += [rollout.text for rollout in rollouts]
         verdicts = self.verifier(repeated, texts)
-        groups = []
-        for i, (problem, rollouts) in enumerate(zip(problems, sampled)):
-            groups.append(Group(problem, rollouts, verdicts[i * n : (i + 1) * n]))
-        return groups
+        self.run.phase("other")
+        parts = [verdicts[i : i + n] for i in range(0, len(verdicts), n)]
+        return list(map(Group, problems, sampled, parts))
 
     def close(self) -> None:
         if self.sampler is not None:

@@ -91,13 +91,12 @@ class Run:
         check_settings(args)
         self.method = Path(method).stem
         self.args, self.setup, self.updates = args, args.setup, updates
-        store, rank, world = rendezvous()
+        store, self.rank, self.world = rendezvous()
         cuda = torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT
+            backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT
         )
-        self.rank, self.world = rank, world
         self.device = torch.device("cpu")
         if cuda:
             self.device = torch.device("cuda", dist.get_node_local_rank(0))
@@ -216,7 +215,7 @@ class Run:
     def any_rank(self, value: bool) -> bool:
         flag = torch.tensor(float(value))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return flag.item() > 0
+        return bool(flag)
 
     def give_up_without_updates(self) -> None:
         require(
@@ -369,11 +368,9 @@ class Run:
         """Drop what was logged after the resumed step, or cut short by a kill."""
         for name in RECORDS:  # the metrics last: they are the history
             path, part = self.folder / name, self.folder / f"tmp-{name}"
-            rows = []
-            if path.exists():
-                rows = path.read_text().splitlines(keepends=True)
+            path.touch()
             kept = []
-            for row in rows:
+            for row in path.read_text().splitlines(keepends=True):
                 if row.endswith("\n") and json.loads(row)["step"] < self.step:
                     kept.append(row)
             part.write_text("".join(kept))
@@ -391,7 +388,7 @@ class Run:
             f"{free / 2**30:.2f} GiB free"
         )
         require(free >= size, f"{told}: make room, or give another --out")
-        kept = len(list((self.folder / "checkpoints").glob("step_*")))
+        kept = len(list((self.folder / "checkpoints").glob("step_??????")))
         if free < (checkpoints.KEPT + 1 - kept) * size:  # an old one goes when the new is complete
             self.say(f"{told}: it will be full before {checkpoints.KEPT} of them are there")
 
@@ -472,7 +469,7 @@ def remedies(run: Run) -> list[str]:
         limit = "--srt_max_tokens" if phase == "collect" else "--max_tokens"
         found += ["lower --sampler_rows", f"lower {limit}"]
     if phase == "update" and not setup.checkpointing:
-        found.append("add --checkpointing and leave out --share_prompts")
+        found.append("add --checkpointing --no-share_prompts")
     if setup.shard == "machine" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         found.append("add --shard all")
     if setup.lora_rank == 0:

@@ -35,12 +35,12 @@ def teacher_answers(rollouts: Rollouts, teacher: Policy, policy: Policy, batch: 
     run = rollouts.run
     run.phase("evaluate")
     rollouts.sampler.load(full_weights(teacher))
-    keys = range(run.rank, len(chosen) * run.world, run.world)
+    keys = [run.rank * len(prompts) + i for i in chosen]
     groups = rollouts.answer(
         [problems[i] for i in chosen], 1, TEACHER, keys, "evaluate",
         prompts=[prompts[i] for i in chosen],
     )
-    rollouts.sampler.load(full_weights(policy))
+    rollouts.sync(policy)
     answers = [group.rollouts[0] for group in groups]
     rewards = torch.tensor([group.verdicts[0].reward for group in groups])
     student = batch.rewards.mean(1, keepdim=True).expand_as(batch.rewards)

@@ -461,7 +461,7 @@ def test_the_config_of_a_checkpoint_names_the_precision_of_its_weights(tmp_path,
 def test_a_dry_run_refuses_what_a_run_would(tmp_path):
     """With the embedded model's tokenizer: a head that scales its logits, and shared prompts."""
     tokenizer = load_tokenizer(CHAIN)
-    refusals = (("cohere", [], LOGITS), ("lfm2", ["--share_prompts"], "--share_prompts: "))
+    refusals = (("cohere", [], LOGITS), ("lfm2", [], "--share_prompts: .*add --no-share_prompts"))
     for name, flags, words in refusals:
         chosen = family(name)
         sizes = dict(chosen.config, vocab_size=len(tokenizer), bos_token_id=None, pad_token_id=None,

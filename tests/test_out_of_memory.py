@@ -39,7 +39,7 @@ def planted(function, folder: Path):
 PLACES = {  # phase → where, and what is to be lowered, in order
     "sample": (HFSampler, "sample", "lower --sampler_rows, then lower --max_tokens, then begin anew with --lora_rank 32"),
     "score": (grpo, "score", "lower --token_budget, then begin anew with --lora_rank 32"),
-    "update": (grpo, "loss", "lower --token_budget, then add --checkpointing and leave out --share_prompts, then begin anew with --lora_rank 32"),
+    "update": (grpo, "loss", "lower --token_budget, then add --checkpointing --no-share_prompts, then begin anew with --lora_rank 32"),
     "sync": (HFSampler, "load", "begin anew with --lora_rank 32"),
     "save": (checkpoints, "save_model", "begin anew with --lora_rank 32"),
     "save, inside the library": (FileSystemWriter, "write_data", "begin anew with --lora_rank 32"),

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import grpo
+from common import checkpoints
 from common import policy as policy_module
 from common.chat import chat_ids, load_tokenizer
 from common.microbatches import micro_batches
@@ -369,3 +370,30 @@ def test_a_teacher_and_a_student_may_share_prompts(one_process):
         torch.testing.assert_close(shared_kl, kl, rtol=1e-4, atol=1e-6)
         for name, grad in grads.items():
             torch.testing.assert_close(shared_grads[name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_before_the_first_update_counts_no_update(tmp_path, one_process):
+    """AdamW's first update is then the same whether a checkpoint was written before it, was loaded, or neither."""
+
+    def first_update(touch) -> tuple[list[float], list[torch.Tensor]]:
+        policy = load_policy(CHAIN, CPU, Setup(checkpointing=False))
+        optimizer = make_optimizer(policy, SimpleNamespace(lr=0.1, weight_decay=0.1))
+        touch(policy, optimizer)
+        before = [p.detach().clone() for p in policy.parameters()]
+        for p in policy.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer_step(policy, optimizer, 0.1, 1e9)
+        counts = [state["step"].item() for state in optimizer.state.values()]
+        return counts, [p - b for p, b in zip(policy.parameters(), before)]
+
+    def save(policy, optimizer) -> None:
+        checkpoints.save(tmp_path / "step_000001", policy, optimizer, None, load_tokenizer(CHAIN), {"step": 1}, CPU)
+
+    def load(policy, optimizer) -> None:
+        checkpoints.load(tmp_path / "step_000001", policy, optimizer, None)
+
+    counts, moves = first_update(lambda *_: None)
+    assert set(counts) == {1.0}
+    for touch in (save, load):
+        found, moved = first_update(touch)
+        assert found == counts and all(map(torch.equal, moved, moves))

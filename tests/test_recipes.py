@@ -169,7 +169,7 @@ def module_parameters():
 
 
 @pytest.mark.parametrize("name, flags, words", [
-    ("grpo", ["--dynamic_sampling", "1", "--tensor_parallel", "2", "--sampler", "vllm"], "cannot sample different numbers of rounds"),
+    ("grpo", ["--loss", "dapo", "--tensor_parallel", "2", "--sampler", "vllm"], "take --dynamic_sampling 0 or --tensor_parallel 1"),
     ("grpo", ["--share_prompts", "--checkpointing"], "add --no-checkpointing"),
     ("rlsd", ["--dual_clip", "0.5"], "--dual_clip 0.5 must be above 1"),
     ("sdpo", ["--adv_clip", "5", "--granularity", "sampled"], "with --granularity logit or token"),

@@ -155,7 +155,7 @@ def test_answers_are_judged_responses_to_the_prompts_that_are_given(make):
     longer = [[*prompt, *rollouts.tokenizer.encode("1+1")] for prompt in prompts]
     del rollouts.run.phases[:]
     groups = rollouts.answer(problems, 2, 7, [4, 9], "collect", prompts=longer, max_tokens=3)
-    assert rollouts.run.phases == ["collect", "collect"]
+    assert rollouts.run.phases == ["collect", "collect", "other"]
     for group, problem, prompt in zip(groups, problems, longer):
         assert group.problem is problem and len(group.rollouts) == len(group.verdicts) == 2
         for rollout, verdict in zip(group.rollouts, group.verdicts):
@@ -165,7 +165,7 @@ def test_answers_are_judged_responses_to_the_prompts_that_are_given(make):
     del rollouts.run.phases[:]
     same = rollouts.answer(problems[1:], 2, 7, [9], prompts=longer[1:], max_tokens=3)
     assert as_lists(same) == as_lists(groups[1:])  # its key names its random numbers
-    assert rollouts.run.phases == ["sample", "verify"]
+    assert rollouts.run.phases == ["sample", "verify", "other"]  # verdicts end where they end
 
 
 def test_evaluation_shows_no_hint_and_is_logged_under_its_names(make):
@@ -207,6 +207,25 @@ def test_after_the_teacher_was_asked_the_sampler_is_the_policy_again(make):
     assert all(torch.equal(mine[name], whole(p)) for name, p in weights.items())
     others = dict(teacher.lm.named_parameters())
     assert any(not torch.equal(mine[name], whole(p)) for name, p in others.items())
+
+
+def test_the_teacher_answers_on_two_ranks_as_on_one(make):
+    """Its random numbers are named by the rollout, whichever of them have a context."""
+    found = []
+    for world in (1, 2):
+        mine = []
+        for rank in range(world):
+            rollouts = make(rank, world)
+            batch = rollouts.sample(0)
+            has_context = batch.rewards < 1
+            has_context[0, 0] = True
+            answers = []
+            answer = rollouts.answer
+            rollouts.answer = lambda *args, **named: answers.extend(answer(*args, **named)) or answers
+            teacher_answers(rollouts, make.policy, make.policy, batch, batch.prompts, has_context)
+            mine += as_lists(answers)
+        found.append(mine)
+    assert len(found[0]) > 2 and found[0] == found[1]
 
 
 def test_the_divergence_is_split_by_what_a_token_says(one_process):

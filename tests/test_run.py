@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,6 +217,22 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(victim, damage, fi
     torch.distributed.destroy_process_group()
 
 
+def test_a_copy_that_a_user_keeps_beside_the_checkpoints_stays(tmp_path, monkeypatch, one_process):
+    """It is not one of the two that a run keeps, nor the one that it goes on from."""
+    monkeypatch.setattr(checkpoints, "training_state", lambda *_: {})
+    monkeypatch.setattr(checkpoints, "save_model", lambda *_: None)
+    monkeypatch.setattr(checkpoints.dcp, "save", lambda _, checkpoint_id: checkpoint_id.mkdir(parents=True))
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    place = tmp_path / "checkpoints"
+    for name in ("step_000001-best", "step_000009-old"):
+        (place / name).mkdir(parents=True)
+    for step in (1, 2, 3):
+        checkpoints.save(place / f"step_{step:06d}", None, None, None, tokenizer, {"step": step}, None)
+    left = sorted(folder.name for folder in place.iterdir())
+    assert left == ["step_000001-best", "step_000002", "step_000003", "step_000009-old"]
+    assert checkpoints.last(tmp_path).name == "step_000003"
+
+
 def test_going_back_past_later_checkpoints_is_refused_until_they_are_moved(finished_run, tmp_path):
     """They would be resumed, or kept in place of the new ones."""
     shutil.copytree(finished_run / "r", tmp_path / "r")
@@ -384,6 +401,7 @@ def metrics_of_a_rank(out: str) -> None:
         "bools": [[True, False]] if rank == 0 else [torch.tensor([True, True])],
         "only on the second": [[]] if rank == 0 else [[8.0]],
         "nowhere": [torch.empty(0)],
+        "max of nothing": [[]],
     }
     Path(f"{out}/{rank}").write_text(json.dumps(reduce_over_ranks(metrics)))
     dist.destroy_process_group()

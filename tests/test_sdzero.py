@@ -1,5 +1,6 @@
 """sdzero.py: the weighted likelihood of phase 1, the KL of phase 2 against brute force, traces that survive a kill."""
 import json
+import os
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -333,6 +334,14 @@ def test_a_collection_goes_on_with_its_own_settings_only(flag, new, tmp_path):
     torch.distributed.destroy_process_group()
 
 
+def test_a_collection_goes_on_under_another_spelling_of_the_models_folder(tmp_path):
+    flags = ["--name", "spelt", "--srt_max_tokens", "2", "--phase", "srt"]
+    for more in ([], ["--model", os.path.relpath(CHAIN), "--resume", "auto"]):
+        with pytest.raises(SystemExit, match="no trace is left"):
+            run(tmp_path, *flags, *more)
+        torch.distributed.destroy_process_group()
+
+
 def test_traces_of_another_run_are_used_as_they_are(whole, tmp_path):
     run(tmp_path, "--name", "again", "--phase", "srt", "--traces", str(whole / "traces.jsonl"))
     n = updates(whole)
@@ -390,7 +399,7 @@ def test_a_checkpoint_under_another_name_does_not_collect_anew(whole, tmp_path):
 
 
 def test_no_right_revision_ends_with_advice(tmp_path):
-    with pytest.raises(SystemExit, match=r"no trace is left.* 0 of 24 end right.*raise --revisions"):
+    with pytest.raises(SystemExit, match=r"no trace is left.* 0 of 24 end right.*raise --revisions.*--wrong_share None"):
         run(tmp_path, "--name", "none", "--srt_max_tokens", "2")
     torch.distributed.destroy_process_group()
 
