@@ -547,7 +547,7 @@ def check(args: Args, world: int) -> None:
         not args.traces or Path(args.traces).is_file(), f"--traces {args.traces}: no such file"
     )
     require(
-        args.srt_batch % world == 0,
+        args.phase == "sd" or args.srt_batch % world == 0,
         f"--srt_batch {args.srt_batch} does not divide into {world} process(es)",
     )
     require(
@@ -638,10 +638,11 @@ def evaluate(rollouts: Rollouts, policy: Policy, args: Args) -> dict:
     )
     corrected, kept = [], []
     for (_, _, _, r), group in zip(fits, revised):
+        reward = group.verdicts[0].reward
         if r == 1:
-            kept.append(group.verdicts[0].reward)
+            kept.append(reward)
         else:
-            corrected.append(group.verdicts[0].reward)
+            corrected.append(reward)
     return heldout_metrics(groups) | {
         "revise/pass@1": corrected + kept, "revise/corrected": corrected, "revise/kept": kept,
     }

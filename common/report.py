@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from pathlib import Path
 
 from common.settings import flat
@@ -117,5 +118,8 @@ def health(history: list[dict]) -> list[list]:
         if values:
             recent = values[-RECENT:]
             value = sum(recent) / len(recent)
-            rows.append([name, value, least, most, least <= value <= most, words])
+            healthy = least <= value <= most
+            if not math.isfinite(value):
+                value = None  # JSON has no other word for it
+            rows.append([name, value, least, most, healthy, words])
     return rows

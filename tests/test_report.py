@@ -1,6 +1,7 @@
 """common/report.py: a run on one page, from what its folder holds."""
 import dataclasses
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -55,6 +56,14 @@ def test_a_value_is_the_mean_of_the_last_ten_rows_that_have_it():
     assert row[:5] == ["frac_truncated", pytest.approx(0.05), 0.0, 0.1, True]
     (row,) = health([{"frac_truncated": 0.5}, {"frac_truncated": 0.0}])
     assert row[1] == 0.25 and row[4] is False and row[5]
+
+
+def test_a_value_that_is_not_finite_is_unhealthy_and_leaves_the_page_readable(run):
+    run.history.append({"step": 10, "entropy": math.nan, "grad_norm": math.inf})
+    write_report(run)
+    rows = {row[0]: row for row in data_of((run.folder / "report.html").read_text())["health"]}
+    assert rows["entropy"][1] is None and rows["entropy"][4] is False and rows["grad_norm"][4] is False
+    assert "NaN" not in (run.folder / "report.html").read_text()
 
 
 def test_a_difference_is_taken_between_numbers_of_the_same_row():

@@ -196,6 +196,12 @@ def test_the_schedule_of_phase_1_warms_up_and_ends_at_zero():
     assert all(a <= b for a, b in zip(lr[:10], lr[1:10])) and all(a >= b for a, b in zip(lr[10:], lr[11:]))
 
 
+def test_the_batch_of_phase_1_must_divide_only_if_there_is_a_phase_1():
+    sdzero.check(sdzero.Args(phase="sd", srt_batch=4), world=8)
+    with pytest.raises(SystemExit, match="--srt_batch 4 does not divide into 8"):
+        sdzero.check(sdzero.Args(phase="srt", srt_batch=4), world=8)
+
+
 SMALL = [*TASK, "--srt_questions", "8", "--kept_traces", "12", "--srt_batch", "4", "--srt_epochs", "1",
          "--srt_max_tokens", "32", "--sd_questions", "8", "--batch_size", "4", "--eval_every", "3"]
 
