@@ -93,7 +93,7 @@ def page(template: Path, data: dict) -> str:
 
     Only a "<" could end the script element that holds the data, or begin another element.
     """
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(data).replace("<", "\\u003c")
     style = (HERE / "page.css").read_text()
     html = template.read_text(encoding="utf-8").replace("{{style}}", style)
     return html.replace("{{data}}", text)
@@ -116,10 +116,8 @@ def health(history: list[dict]) -> list[list]:
             if metric in row and other in row:
                 values.append(row[metric] - row[other])
         if values:
-            recent = values[-RECENT:]
-            value = sum(recent) / len(recent)
-            healthy = least <= value <= most
-            if not math.isfinite(value):
-                value = None  # JSON has no other word for it
-            rows.append([name, value, least, most, healthy, words])
+            del values[:-RECENT]
+            value = sum(values) / len(values)
+            shown = value if math.isfinite(value) else None  # JSON has neither NaN nor infinity
+            rows.append([name, shown, least, most, least <= value <= most, words])
     return rows
