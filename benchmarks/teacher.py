@@ -410,7 +410,8 @@ def open_folder(args: Args, wordings: dict) -> Path:
     folder = ROOT / "results" / "teacher" / (args.name or "-".join(parts))
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "settings.json"
-    fixed = {**asdict(args), "wordings": wordings, "model": hide_paths([args.model])[0]}
+    fixed = {**asdict(args), "wordings": wordings}
+    fixed["model"], fixed["data_dir"] = hide_paths([args.model, args.data_dir])
     del fixed["chunk"], fixed["token_budget"], fixed["name"]
     fixed = json.loads(json.dumps(fixed))
     if note.exists():
