@@ -646,7 +646,9 @@ def draw(panels: dict[str, tuple[str, ...]], runs: dict[str, list[dict]], comman
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 5.2), layout="constrained",
                                 sharey=True, squeeze=False)
     seeds = max(map(len, runs.values()))
-    notes = [f"markers: mean of {seeds} seeds at an evaluation; band: lowest to highest seed"]
+    notes = ["markers: an evaluation of one seed"]
+    if seeds > 1:
+        notes = [f"markers: mean of {seeds} seeds at an evaluation; band: lowest to highest seed"]
     for panel, (title, members) in zip(axes[0], panels.items()):
         for i, m in enumerate([m for m in members if runs.get(m)]):
             notes += draw_method(panel, i, m, runs[m], commands[m], axis, seeds)
