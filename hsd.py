@@ -332,8 +332,8 @@ def check(rollouts: Rollouts, args: Args) -> None:
     )
     chats = [teacher_chat(problem, None, args) for problem in rollouts.task.at_hand]
     require(
-        args.context == "peer" or any(chats) or not chats,
-        f"--context {args.context}: no problem has one, so the teacher would see nothing; take "
+        args.context == "peer" or args.grpo_mix > 0 or any(chats) or not chats,
+        f"--context {args.context}: no problem has one, so there is nothing to learn from; take "
         "another --context, or other data",
     )
     rollouts.check_lengths(chats, why=" (with the teacher's context)")

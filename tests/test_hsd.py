@@ -253,6 +253,7 @@ def test_a_context_that_no_problem_has_ends_the_run_before_it_samples(context, a
     with pytest.raises(SystemExit, match=f"--context {context}: no problem has one"):
         hsd.check(rollouts, hsd.Args(context=context))
     hsd.check(rollouts, hsd.Args())
+    hsd.check(rollouts, hsd.Args(context=context, grpo_mix=0.5))  # GRPO's share is left
     problems.append(replace(problems[0], answer="7", solution="It is 7."))
     hsd.check(rollouts, hsd.Args(context=context))
 
