@@ -39,6 +39,7 @@ import torch
 import transformers
 import tyro
 
+from common import checkpoints
 from common.chat import chat_ids, load_tokenizer
 from common.sampler import HFSampler
 from common.tasks import load_task
@@ -466,7 +467,7 @@ def pass_at(folder: Path, n: int) -> dict[str, float]:
     if cache.exists():
         return json.loads(cache.read_text())
     args = json.loads((folder / "args.json").read_text())
-    path = str(max((folder / "checkpoints").glob("step_*")))
+    path = str(checkpoints.last(folder))
     tokenizer = load_tokenizer(path)
     task = load_task(args["task"], heldout=args["heldout"], data_dir=args["data_dir"],
                      instruction=args["instruction"])

@@ -20,7 +20,6 @@ import platform
 import runpy
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -34,10 +33,8 @@ from transformers import PreTrainedModel
 
 import common.policy
 import common.sampler
+from benchmarks.turns import PHASES, ROOT, WARM_UP, commit
 
-ROOT = Path(__file__).resolve().parent.parent
-PHASES = ("sample", "verify", "score", "update", "sync")
-WARM_UP = 2  # steps that compile
 SIDES = ("eager", "policy", "sampler")  # what is compiled
 
 
@@ -130,16 +127,14 @@ def summary(rounds: list[list[dict]]) -> dict[str, float]:
 
 def write(runs: dict[str, list[list[dict]]], args: Args) -> None:
     table = {side: summary(rounds) for side, rounds in runs.items()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                            text=True).stdout.strip()
     command = f"python benchmarks/compiled.py {shlex.join(sys.argv[1:])}".strip()
     about = {
-        "command": command, "commit": commit, "torch": torch.__version__,
+        "command": command, "commit": commit(ROOT), "torch": torch.__version__,
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {args.threads} thread(s)",
     }
     lines = [
-        f"`{command}`, commit {commit}, torch {torch.__version__}, {about['hardware']}. Seconds; "
-        f"median of a step, {args.steps - WARM_UP} × {args.rounds} steps.", "",
+        f"`{command}`, commit {about['commit']}, torch {torch.__version__}, {about['hardware']}. "
+        f"Seconds; median of a step, {args.steps - WARM_UP} × {args.rounds} steps.", "",
         "| compiled | sample | update | step | more in the first two steps | paid after |",
         "|---|---|---|---|---|---|",
     ]

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sdzero  # noqa: E402
-from common import require  # noqa: E402
+from common import checkpoints, require  # noqa: E402
 from common.chat import chat_ids, load_tokenizer  # noqa: E402
 from common.microbatches import micro_batches  # noqa: E402
 from common.policy import Policy, full_weights, load_policy, local  # noqa: E402
@@ -198,7 +198,7 @@ def self_localisation(args: Args, settings: dict) -> dict[int, list[list[float]]
 
 def reviser(run: Path, model: str, device: torch.device) -> Policy:
     """θ_SRT, the teacher of the run's last checkpoint."""
-    last = max((run / "checkpoints").glob("step_*"), default=None)
+    last = checkpoints.last(run)
     require(last is not None, f"{run} has no checkpoint")
     file = run / "reviser.pt"
     dcp_to_torch_save(last / "state", file)
