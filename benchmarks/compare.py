@@ -4,6 +4,7 @@
     python benchmarks/compare.py sdpo --jobs 2   # a paper's claims; also hsd, grpo, sdzero, breaks
     python benchmarks/compare.py smollm2 --model PATH_OF_SMOLLM2_135M_INSTRUCT
     python benchmarks/compare.py qwen --model PATH_OF_QWEN2_5_CODER_0_5B_INSTRUCT
+    python benchmarks/compare.py qwen-gpu --model THE_SAME --jobs 14  # minutes on an H200
 
 A grid (GRIDS below) declares methods, tuning and seeds. If it has several learning rates, each
 method gets the same small tuning first: every rate on seeds that are not reported. The rate with
@@ -47,6 +48,7 @@ from common.verifiers.pool import Verifier
 from sdzero import RESTARTS
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICE = torch.device(("cpu", "cuda")[torch.cuda.is_available()])
 
 
 @dataclass
@@ -201,6 +203,8 @@ PRODUCTS = (
 EVALUATION = "--eval_every 4 --eval_samples 1"
 MEDIUM = f"{PRODUCTS} --batch_size 8 --group_size 8 --steps 8 {EVALUATION}"
 MEDIUM_HSD = f"hsd.py {MEDIUM} --teacher frozen --beta 0 --top_p 1"
+LONG = MEDIUM.replace("--steps 8", "--steps 12")  # on a GPU: 768 rollouts each
+LONG_HSD = MEDIUM_HSD.replace("--steps 8", "--steps 12")
 METHODS |= {
     "GRPO (0.5B)": Method(f"grpo.py {MEDIUM}"),
     "RLSD (0.5B)": Method(f"rlsd.py {MEDIUM}"),
@@ -217,6 +221,26 @@ METHODS |= {
     ),
     "RFT (0.5B)": Method(  # 128 × 4
         f"sdzero.py {PRODUCTS} --phase srt --baseline rft --srt_questions 128 "
+        f"--srt_max_tokens 96 {EVALUATION}",
+        rate="--srt_lr",
+    ),
+}
+METHODS |= {
+    "GRPO (Qwen)": Method(f"grpo.py {LONG}"),
+    "RLSD (Qwen)": Method(f"rlsd.py {LONG}"),
+    "SDPO (Qwen)": Method(f"sdpo.py {LONG} --kl reverse"),
+    "SDPO, teacher 0.3 (Qwen)": Method(f"sdpo.py {LONG} --kl reverse --teacher_rate 0.3"),
+    "HSD (Qwen)": Method(LONG_HSD),
+    "SD-Zero (Qwen)": Method(  # 96 × 4 + 384
+        f"sdzero.py {PRODUCTS} --srt_questions 96 --srt_max_tokens 96 --sd_questions 384 "
+        f"--batch_size 64 {EVALUATION}"
+    ),
+    "SD only (Qwen)": Method(
+        f"sdzero.py {PRODUCTS} --phase sd --srt_questions 16 --sd_questions 384 --rounds 2 "
+        f"--batch_size 64 {EVALUATION}"
+    ),
+    "RFT (Qwen)": Method(  # 192 × 4
+        f"sdzero.py {PRODUCTS} --phase srt --baseline rft --srt_questions 192 "
         f"--srt_max_tokens 96 {EVALUATION}",
         rate="--srt_lr",
     ),
@@ -261,6 +285,10 @@ GRIDS = {
     "qwen": Grid(  # one rate, one seed: a run takes an hour on a core
         {"Qwen2.5-Coder-0.5B-Instruct: two digits times one": named("0.5B")},
         (0,), (1e-4,), runs="qwen",
+    ),
+    "qwen-gpu": Grid(
+        {"Qwen2.5-Coder-0.5B-Instruct: two digits times one": named("Qwen")},
+        (0, 1), (1e-4, 3e-4), (100,), runs="qwen-gpu",
     ),
 }
 
@@ -361,8 +389,9 @@ def run_one(command: list[str], folder: Path, threads: int, samples: int) -> Non
         return
     if samples:
         pass_at(folder, samples)
-    phase = json.loads((folder / "args.json").read_text()).get("phase")
-    if command[0] == "sdzero.py" and phase != "srt":
+    settings = json.loads((folder / "args.json").read_text())
+    phase_2 = command[0] == "sdzero.py" and settings["phase"] != "srt"
+    if phase_2 and settings["lora_rank"] == 0:  # adapters of a teacher are not read there
         revision = [sys.executable, "benchmarks/revision.py", str(folder)]
         subprocess.run(revision, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     print(f"{said}: {rows_of(folder)[-1]['heldout/pass@1']:.3f}", flush=True)
@@ -473,7 +502,7 @@ def pass_at(folder: Path, n: int) -> dict[str, float]:
                      instruction=args["instruction"])
     problems = task.heldout
     prompts = [chat_ids(tokenizer, problem.messages) for problem in problems]
-    sampler = HFSampler(path, tokenizer, torch.device("cpu"))
+    sampler = HFSampler(path, tokenizer, DEVICE)
     groups = sampler.sample(prompts, n, seed=(999,), keys=range(len(problems)),
                             max_tokens=args["max_tokens"], temperature=args["temperature"])
     rollouts = [rollout for group in groups for rollout in group]
@@ -517,8 +546,7 @@ def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, st
                             text=True).stdout.strip()
     about = {
         "command": hide("python benchmarks/compare.py " + " ".join(sys.argv[1:])), "commit": commit,
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), "
-                    f"{args.jobs} run(s) at a time",
+        "hardware": f"{hardware()}, {args.jobs} run(s) at a time",
     }
     commands = {}
     for m in runs:
@@ -538,6 +566,13 @@ def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, st
         if figure.exists():
             shutil.copy(figure, out / f"self-localisation-{folder_name(m)}.png")
     print(text)
+
+
+def hardware() -> str:
+    cores = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    if DEVICE.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, {cores}"
+    return cores
 
 
 def interval(values: list[float]) -> tuple[float, float]:

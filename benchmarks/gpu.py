@@ -1,0 +1,170 @@
+"""The five files on one GPU with vLLM: does all of it work there, how fast is it, how much memory?
+
+    python benchmarks/gpu.py --model QWEN2_5_CODER_0_5B_INSTRUCT       # minutes on an H200
+    python benchmarks/gpu.py --model THE_SAME --only hsd shape
+
+"shape" is hsd.py on a model of Qwen3-1.7B's shape with random weights, whose responses all run to
+1,024 tokens: it says nothing of learning, but what a step of that size costs. It takes the other
+model's tokenizer.
+
+A run is a plain command of a method file. It is ended as soon as its last step is in metrics.jsonl,
+so it writes no checkpoint. Writes results/gpu/NAME.json (the command, every metric of every step)
+and results/gpu/table.md.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINE = "--sampler vllm --sampler_rows 256 --vllm_memory 0.3 --eval_every 1000"
+PRODUCTS = (
+    f"{ENGINE} --task jsonl:benchmarks/products.jsonl --heldout 48 --lr 1e-5 "
+    "--instruction 'Work briefly and finish with the final answer in \\boxed{}.'"
+)
+ROLLOUTS = f"{PRODUCTS} --batch_size 64 --group_size 8 --max_tokens 96"  # 512 per step
+RUNS = {
+    "grpo": f"grpo.py {ROLLOUTS}",
+    "rlsd": f"rlsd.py {ROLLOUTS}",
+    "sdpo": f"sdpo.py {ROLLOUTS}",
+    "hsd": f"hsd.py {ROLLOUTS}",
+    "sdzero": f"sdzero.py {PRODUCTS} --phase sd --srt_questions 16 --sd_questions 512 --rounds 2 "
+              "--batch_size 256 --max_tokens 96",
+    "shape": f"hsd.py {ENGINE} --task jsonl:benchmarks/products.jsonl --heldout 8 --lr 1e-6 "
+             "--teacher frozen --beta 0 --context answer --batch_size 32 --group_size 8 "
+             "--max_tokens 1024",
+}
+SHAPE = Qwen3Config(
+    vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
+    num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    max_position_embeddings=40_960, eos_token_id=151_645, pad_token_id=151_643,
+)
+
+
+@dataclass
+class Args:
+    model: str  # folder of the model
+    only: list[str] = field(default_factory=lambda: list(RUNS))  # some of RUNS
+    steps: int = 4  # of each; the first warms up
+    out: str = "runs/gpu"  # folder of the runs
+
+
+def main(args: Args) -> None:
+    results = ROOT / "results" / "gpu"
+    results.mkdir(parents=True, exist_ok=True)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    about = {"commit": commit, "hardware": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for name in args.only:
+        model = args.model
+        if name == "shape":
+            model = random_model(Path(args.out) / "shape-model", args.model)
+        metrics = execute(name, model, args)
+        found = {**about, "command": f"python {RUNS[name]} --model MODEL", "metrics": metrics}
+        (results / f"{name}.json").write_text(json.dumps(found, indent=1))
+        print(row_of(name, metrics), flush=True)
+    table = table_of(results)
+    (results / "table.md").write_text(table)
+    print(table)
+
+
+def random_model(path: Path, tokenizer: str) -> str:
+    """A model of SHAPE, in bf16. Small logits: every response runs to its limit."""
+    with torch.device("cuda"):
+        lm = AutoModelForCausalLM.from_config(SHAPE, dtype=torch.bfloat16)
+    lm.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+    return str(path)
+
+
+def execute(name: str, model: str, args: Args) -> list[dict]:
+    """Every step's metrics. Ends the run after the last."""
+    folder = Path(args.out) / name
+    metrics = folder / "metrics.jsonl"
+    command = [sys.executable, *shlex.split(RUNS[name]), "--model", model, "--out", args.out,
+               "--name", name]
+    run = subprocess.Popen(command, cwd=ROOT)
+    rows: list[dict] = []
+    while run.poll() is None and len(rows) < args.steps:
+        time.sleep(0.2)
+        rows = lines_of(metrics)
+    run.kill()
+    run.wait()
+    if len(rows) < args.steps:
+        raise SystemExit(f"{name} ended after {len(rows)} steps")
+    return rows
+
+
+def lines_of(path: Path) -> list[dict]:
+    """The whole lines that are there."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------
+# the table
+# --------------------------------------------------------------------------------------------------
+COLUMNS = (
+    "run", "tokens per rollout", "sample, s", "sampled tokens per s", "score, s", "update, s",
+    "TFLOP/s", "share of the peak", "sync, s", "step, s", "GiB", "mismatch: first", "later",
+)
+
+
+def row_of(name: str, metrics: list[dict]) -> list[str]:
+    """Means over the steps after the first."""
+    rows = metrics[1:]
+
+    def mean(key: str) -> float:
+        return sum(row.get(key, 0.0) for row in rows) / len(rows)
+
+    settings = shlex.split(RUNS[name])
+    count = int(settings[settings.index("--batch_size") + 1])
+    if "--group_size" in settings:
+        count *= int(settings[settings.index("--group_size") + 1])
+    length = mean("length/mean")
+    gap = "mismatch/max_abs_dlogp"
+    later = max(row.get(gap, 0.0) for row in rows)
+    return [
+        name, f"{length:.0f}", f"{mean('time/sample'):.2f}",
+        f"{count * length / mean('time/sample'):,.0f}", f"{mean('time/score'):.2f}",
+        f"{mean('time/update'):.2f}", f"{mean('tflops/update'):.0f}", f"{mean('mfu/update'):.2f}",
+        f"{mean('time/sync'):.2f}", f"{mean('time/step'):.2f}",
+        f"{max(row['peak_gib'] for row in metrics):.1f}", f"{metrics[0].get(gap, 0.0):.3f}",
+        f"{later:.3f}",
+    ]
+
+
+def table_of(results: Path) -> str:
+    found = {name: json.loads((results / f"{name}.json").read_text()) for name in RUNS
+             if (results / f"{name}.json").exists()}
+    first = next(iter(found.values()))
+    lines = [
+        f"`python benchmarks/gpu.py`, {first['hardware']}, torch {first['torch']}, commit "
+        f"{first['commit']}. Means over the steps after the first; GiB: most of the card in use; "
+        "mismatch: most nats by which a token's log-probability in sampler and trainer differ, in "
+        "the first step and in the later ones.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    lines += ["| " + " | ".join(row_of(n, f["metrics"])) + " |" for n, f in found.items()]
+    lines += ["", "Commands:", ""]
+    lines += [f"- {name}: `{f['command']}`" for name, f in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    main(tyro.cli(Args))
