@@ -1,15 +1,14 @@
 """The five files on one GPU with vLLM: does all of it work there, how fast is it, how much memory?
 
     python benchmarks/gpu.py --model QWEN2_5_CODER_0_5B_INSTRUCT       # minutes on an H200
-    python benchmarks/gpu.py --model THE_SAME --only hsd shape
+    python benchmarks/gpu.py --model THE_SAME --only hsd full shape
 
-"shape" is hsd.py on a model of Qwen3-1.7B's shape with random weights, whose responses all run to
-1,024 tokens: it says nothing of learning, but what a step of that size costs. It takes the other
-model's tokenizer.
+The first five learn to multiply two digits by one: 512 rollouts per step, adapters of rank 16.
+"full" is grpo.py with all weights. "shape" is hsd.py on a model of Qwen3-1.7B's shape with random
+weights, whose responses all run to 1,024 tokens: it says nothing of learning, but what a step of
+that size costs. It takes the other model's tokenizer. These two are ended after --steps steps.
 
-A run is a plain command of a method file. It is ended as soon as its last step is in metrics.jsonl,
-so it writes no checkpoint. Writes results/gpu/NAME.json (the command, every metric of every step)
-and results/gpu/table.md.
+Writes results/gpu/NAME.json (the command, every metric of every step) and results/gpu/table.md.
 """
 from __future__ import annotations
 
@@ -27,23 +26,26 @@ import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINE = "--sampler vllm --sampler_rows 256 --vllm_memory 0.3 --eval_every 1000"
+ENGINE = "--sampler vllm --sampler_rows 128 --vllm_memory 0.3"
 PRODUCTS = (
-    f"{ENGINE} --task jsonl:benchmarks/products.jsonl --heldout 48 --lr 1e-5 "
+    f"--task jsonl:benchmarks/products.jsonl {ENGINE} --max_tokens 96 "
     "--instruction 'Work briefly and finish with the final answer in \\boxed{}.'"
 )
-ROLLOUTS = f"{PRODUCTS} --batch_size 64 --group_size 8 --max_tokens 96"  # 512 per step
+ADAPTERS = f"{PRODUCTS} --heldout 48 --eval_samples 8 --eval_every 5 --lora_rank 16 --lr 1e-4"
+ROLLOUTS = "--batch_size 64 --group_size 8"
 RUNS = {
-    "grpo": f"grpo.py {ROLLOUTS}",
-    "rlsd": f"rlsd.py {ROLLOUTS}",
-    "sdpo": f"sdpo.py {ROLLOUTS}",
-    "hsd": f"hsd.py {ROLLOUTS}",
-    "sdzero": f"sdzero.py {PRODUCTS} --phase sd --srt_questions 16 --sd_questions 512 --rounds 2 "
-              "--batch_size 256 --max_tokens 96",
-    "shape": f"hsd.py {ENGINE} --task jsonl:benchmarks/products.jsonl --heldout 8 --lr 1e-6 "
-             "--teacher frozen --beta 0 --context answer --batch_size 32 --group_size 8 "
-             "--max_tokens 1024",
+    "grpo": f"grpo.py {ADAPTERS} {ROLLOUTS} --steps 10 --beta 0",
+    "rlsd": f"rlsd.py {ADAPTERS} {ROLLOUTS} --steps 10",
+    "sdpo": f"sdpo.py {ADAPTERS} {ROLLOUTS} --steps 10 --kl reverse",
+    "hsd": f"hsd.py {ADAPTERS} {ROLLOUTS} --steps 10 --teacher frozen --beta 0 --top_p 1",
+    "sdzero": f"sdzero.py {ADAPTERS} --srt_questions 128 --srt_max_tokens 96 --srt_batch 32 "
+              "--srt_lr 1e-4 --sd_questions 512 --rounds 8 --batch_size 512 --mean token",
+    "full": f"grpo.py {PRODUCTS} {ROLLOUTS} --heldout 48 --eval_every 1000 --lr 1e-5",
+    "shape": f"hsd.py --task jsonl:benchmarks/products.jsonl {ENGINE} --max_tokens 1024 "
+             "--heldout 8 --eval_every 1000 --lr 1e-6 --teacher frozen --beta 0 --context answer "
+             "--batch_size 32 --group_size 8",
 }
+ENDED = ("full", "shape")  # after --steps
 SHAPE = Qwen3Config(
     vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
     num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
@@ -55,7 +57,7 @@ SHAPE = Qwen3Config(
 class Args:
     model: str  # folder of the model
     only: list[str] = field(default_factory=lambda: list(RUNS))  # some of RUNS
-    steps: int = 4  # of each; the first warms up
+    steps: int = 4  # of "full" and "shape"
     out: str = "runs/gpu"  # folder of the runs
 
 
@@ -79,7 +81,7 @@ def main(args: Args) -> None:
 
 
 def random_model(path: Path, tokenizer: str) -> str:
-    """A model of SHAPE, in bf16. Small logits: every response runs to its limit."""
+    """A model of SHAPE, in bf16."""
     with torch.device("cuda"):
         lm = AutoModelForCausalLM.from_config(SHAPE, dtype=torch.bfloat16)
     lm.save_pretrained(path)
@@ -88,19 +90,17 @@ def random_model(path: Path, tokenizer: str) -> str:
 
 
 def execute(name: str, model: str, args: Args) -> list[dict]:
-    """Every step's metrics. Ends the run after the last."""
-    folder = Path(args.out) / name
-    metrics = folder / "metrics.jsonl"
+    """Every step's metrics."""
+    metrics = Path(args.out) / name / "metrics.jsonl"
     command = [sys.executable, *shlex.split(RUNS[name]), "--model", model, "--out", args.out,
                "--name", name]
     run = subprocess.Popen(command, cwd=ROOT)
-    rows: list[dict] = []
-    while run.poll() is None and len(rows) < args.steps:
+    while run.poll() is None:
         time.sleep(0.2)
-        rows = lines_of(metrics)
-    run.kill()
-    run.wait()
-    if len(rows) < args.steps:
+        if name in ENDED and len(lines_of(metrics)) >= args.steps:
+            run.kill()
+    rows = lines_of(metrics)
+    if (run.returncode != 0 and name not in ENDED) or len(rows) < args.steps:
         raise SystemExit(f"{name} ended after {len(rows)} steps")
     return rows
 
@@ -117,14 +117,14 @@ def lines_of(path: Path) -> list[dict]:
 # the table
 # --------------------------------------------------------------------------------------------------
 COLUMNS = (
-    "run", "tokens per rollout", "sample, s", "sampled tokens per s", "score, s", "update, s",
-    "TFLOP/s", "share of the peak", "sync, s", "step, s", "GiB", "mismatch: first", "later",
+    "run", "held-out pass@1", "tokens per rollout", "sample, s", "sampled tokens per s",
+    "score, s", "update, s", "TFLOP/s", "sync, s", "GiB", "mismatch: first", "later",
 )
 
 
 def row_of(name: str, metrics: list[dict]) -> list[str]:
-    """Means over the steps after the first."""
-    rows = metrics[1:]
+    """Means over the steps after the first, of those in which rollouts were sampled."""
+    rows = [row for row in metrics[1:] if "length/mean" in row]
 
     def mean(key: str) -> float:
         return sum(row.get(key, 0.0) for row in rows) / len(rows)
@@ -134,15 +134,15 @@ def row_of(name: str, metrics: list[dict]) -> list[str]:
     if "--group_size" in settings:
         count *= int(settings[settings.index("--group_size") + 1])
     length = mean("length/mean")
+    scores = [row["heldout/pass@1"] for row in metrics if "heldout/pass@1" in row]
     gap = "mismatch/max_abs_dlogp"
-    later = max(row.get(gap, 0.0) for row in rows)
+    gaps = [row[gap] for row in metrics if gap in row]
     return [
-        name, f"{length:.0f}", f"{mean('time/sample'):.2f}",
-        f"{count * length / mean('time/sample'):,.0f}", f"{mean('time/score'):.2f}",
-        f"{mean('time/update'):.2f}", f"{mean('tflops/update'):.0f}", f"{mean('mfu/update'):.2f}",
-        f"{mean('time/sync'):.2f}", f"{mean('time/step'):.2f}",
-        f"{max(row['peak_gib'] for row in metrics):.1f}", f"{metrics[0].get(gap, 0.0):.3f}",
-        f"{later:.3f}",
+        name, " → ".join(f"{score:.2f}" for score in scores), f"{length:.0f}",
+        f"{mean('time/sample'):.2f}", f"{count * length / mean('time/sample'):,.0f}",
+        f"{mean('time/score'):.2f}", f"{mean('time/update'):.2f}", f"{mean('tflops/update'):.0f}",
+        f"{mean('time/sync'):.2f}", f"{max(row['peak_gib'] for row in metrics):.1f}",
+        *([f"{gaps[0]:.2f}", f"{max(gaps[1:]):.2f}"] if gaps else ["–", "–"]),
     ]
 
 
@@ -151,10 +151,10 @@ def table_of(results: Path) -> str:
              if (results / f"{name}.json").exists()}
     first = next(iter(found.values()))
     lines = [
-        f"`python benchmarks/gpu.py`, {first['hardware']}, torch {first['torch']}, commit "
-        f"{first['commit']}. Means over the steps after the first; GiB: most of the card in use; "
-        "mismatch: most nats by which a token's log-probability in sampler and trainer differ, in "
-        "the first step and in the later ones.",
+        f"`python benchmarks/gpu.py --model QWEN2_5_CODER_0_5B_INSTRUCT`, {first['hardware']}, "
+        f"torch {first['torch']}, commit {first['commit']}. Seconds are means over the steps after "
+        "the first; GiB: most of the card in use; mismatch: most nats by which a token's "
+        "log-probability in sampler and trainer differs, in the first step and in the later ones.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

@@ -66,7 +66,7 @@ def test_bf16_statistics_keep_fp32_and_gradients_round_once(name):
 @pytest.mark.parametrize("chunk", [1, 3, 8, 40])
 def test_chunks_and_the_groups_that_share_a_product_change_nothing(monkeypatch, name, chunk):
     c = laws.case(40, 2000, width=32, dtype=torch.bfloat16)
-    monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cuda": chunk * 4 * 2000})
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", dict.fromkeys(("cuda", "cpu"), chunk * 4 * 2000))
     agrees(c, laws.DIVERGENCES[name], 1e-5, 4e-3)
 
 
@@ -156,9 +156,14 @@ def test_a_token_is_drawn_as_on_the_cpu(rows, top_p, top_k):
     logits = 4 * torch.randn(rows, 8000, generator=g)
     uniform = torch.rand(rows, generator=g, dtype=torch.float64)
     token, logp = draw(logits, uniform, 0.8, top_p, top_k)
-    on_card, logp_on_card = draw(logits.cuda(), uniform.cuda(), 0.8, top_p, top_k)
-    assert torch.equal(on_card.cpu(), token)
-    laws.close(logp_on_card.cpu(), logp, 1e-5)
+    on_card, logp_on_card = (x.cpu() for x in draw(logits.cuda(), uniform.cuda(), 0.8, top_p, top_k))
+    near = on_card != token  # both are right if the number lies between them, up to rounding
+    for row in near.nonzero()[:, 0]:
+        first, last = sorted((token[row].item(), on_card[row].item()))
+        between = (logits[row].double() / 0.8).softmax(-1)[first + 1 : last + 1]
+        assert between.sum() < 1e-6
+    assert near.sum() <= 2
+    laws.close(logp_on_card[~near], logp[~near], 1e-5)
 
 
 def test_log_probabilities_without_a_teacher_are_those_of_float64():
