@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --model QWEN2_5_CODER_0_5B_INSTRUCT       # minutes on an H200
     python benchmarks/gpu.py --model THE_SAME --only hsd full shape
 
-The first five learn to multiply two digits by one: 512 rollouts per step, adapters of rank 16.
+The first five learn to multiply two digits by one: 256 rollouts per step, adapters of rank 16.
 "full" is grpo.py with all weights. "shape" is hsd.py on a model of Qwen3-1.7B's shape with random
 weights, whose responses all run to 1,024 tokens: it says nothing of learning, but what a step of
 that size costs. It takes the other model's tokenizer. These two are ended after --steps steps.
@@ -31,16 +31,16 @@ PRODUCTS = (
     f"--task jsonl:benchmarks/products.jsonl {ENGINE} --max_tokens 96 "
     "--instruction 'Work briefly and finish with the final answer in \\boxed{}.'"
 )
-ADAPTERS = f"{PRODUCTS} --heldout 48 --eval_samples 8 --eval_every 5 --lora_rank 16 --lr 1e-4"
-ROLLOUTS = "--batch_size 64 --group_size 8"
+ADAPTERS = f"{PRODUCTS} --heldout 48 --eval_samples 8 --eval_every 4 --lora_rank 16 --lr 1e-4"
+ROLLOUTS = "--batch_size 32 --group_size 8"
 RUNS = {
-    "grpo": f"grpo.py {ADAPTERS} {ROLLOUTS} --steps 10 --beta 0",
-    "rlsd": f"rlsd.py {ADAPTERS} {ROLLOUTS} --steps 10",
-    "sdpo": f"sdpo.py {ADAPTERS} {ROLLOUTS} --steps 10 --kl reverse",
-    "hsd": f"hsd.py {ADAPTERS} {ROLLOUTS} --steps 10 --teacher frozen --beta 0 --top_p 1",
-    "sdzero": f"sdzero.py {ADAPTERS} --srt_questions 128 --srt_max_tokens 96 --srt_batch 32 "
-              "--srt_lr 1e-4 --sd_questions 512 --rounds 8 --batch_size 512 --mean token",
-    "full": f"grpo.py {PRODUCTS} {ROLLOUTS} --heldout 48 --eval_every 1000 --lr 1e-5",
+    "grpo": f"grpo.py {ADAPTERS} {ROLLOUTS} --steps 8 --beta 0",
+    "rlsd": f"rlsd.py {ADAPTERS} {ROLLOUTS} --steps 8",
+    "sdpo": f"sdpo.py {ADAPTERS} {ROLLOUTS} --steps 8 --kl reverse",
+    "hsd": f"hsd.py {ADAPTERS} {ROLLOUTS} --steps 8 --teacher frozen --beta 0 --top_p 1",
+    "sdzero": f"sdzero.py {ADAPTERS} --srt_questions 64 --srt_max_tokens 96 --srt_batch 32 "
+              "--srt_lr 1e-4 --sd_questions 256 --rounds 7 --batch_size 256 --mean token",
+    "full": f"grpo.py {PRODUCTS} --batch_size 64 --group_size 8 --heldout 48 --eval_every 1000 --lr 1e-5",
     "shape": f"hsd.py --task jsonl:benchmarks/products.jsonl {ENGINE} --max_tokens 1024 "
              "--heldout 8 --eval_every 1000 --lr 1e-6 --teacher frozen --beta 0 --context answer "
              "--batch_size 32 --group_size 8",
