@@ -4,7 +4,7 @@
     python benchmarks/compare.py sdpo --jobs 2   # a paper's claims; also hsd, grpo, sdzero, breaks
     python benchmarks/compare.py smollm2 --model PATH_OF_SMOLLM2_135M_INSTRUCT
     python benchmarks/compare.py qwen --model PATH_OF_QWEN2_5_CODER_0_5B_INSTRUCT
-    python benchmarks/compare.py qwen-gpu --model THE_SAME --jobs 14  # minutes on an H200
+    python benchmarks/compare.py qwen-gpu --model THE_SAME --jobs 4  # for a GPU
 
 A grid (GRIDS below) declares methods, tuning and seeds. If it has several learning rates, each
 method gets the same small tuning first: every rate on seeds that are not reported. The rate with

@@ -1,6 +1,6 @@
 """The five files on one GPU with vLLM: does all of it work there, how fast is it, how much memory?
 
-    python benchmarks/gpu.py --model QWEN2_5_CODER_0_5B_INSTRUCT       # minutes on an H200
+    python benchmarks/gpu.py --model QWEN2_5_CODER_0_5B_INSTRUCT
     python benchmarks/gpu.py --model THE_SAME --only hsd full shape
 
 The first five learn to multiply two digits by one: 256 rollouts per step, adapters of rank 16.
@@ -40,7 +40,8 @@ RUNS = {
     "hsd": f"hsd.py {ADAPTERS} {ROLLOUTS} --steps 8 --teacher frozen --beta 0 --top_p 1",
     "sdzero": f"sdzero.py {ADAPTERS} --srt_questions 64 --srt_max_tokens 96 --srt_batch 32 "
               "--srt_lr 1e-4 --sd_questions 256 --rounds 7 --batch_size 256 --mean token",
-    "full": f"grpo.py {PRODUCTS} --batch_size 64 --group_size 8 --heldout 48 --eval_every 1000 --lr 1e-5",
+    "full": f"grpo.py {PRODUCTS} --batch_size 64 --group_size 8 --heldout 48 --eval_every 1000 "
+            "--lr 1e-5",
     "shape": f"hsd.py --task jsonl:benchmarks/products.jsonl {ENGINE} --max_tokens 1024 "
              "--heldout 8 --eval_every 1000 --lr 1e-6 --teacher frozen --beta 0 --context answer "
              "--batch_size 32 --group_size 8",

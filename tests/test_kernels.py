@@ -1,7 +1,7 @@
 """kernels/ against float64 full logits made from the hidden states, with nothing of kernels/ in the oracle.
 
-Run as it is, the rows of logits go through rows_torch.py; with TRITON_INTERPRET=1 in the environment, or on a GPU, the
-same laws are asked of rows_triton.py (tests/test_kernels_triton.py starts that run).
+Run as it is, the rows of logits go through rows_torch.py; with TRITON_INTERPRET=1 in the environment the same laws are asked
+of rows_triton.py (tests/test_kernels_triton.py starts that run). On a GPU tests/test_kernels_cuda.py asks them.
 """
 import math
 import os

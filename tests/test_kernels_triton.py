@@ -1,7 +1,7 @@
 """kernels/rows_triton.py: the laws of test_kernels.py and test_kernels_digits.py in Triton's
 interpreter, and a compilation for GPUs.
 
-What the interpreter cannot show (bf16 rounding of stores, races, speed) needs a GPU: run test_kernels.py on one.
+What the interpreter cannot show (bf16 rounding of stores, races, speed) needs a GPU: test_kernels_cuda.py.
 """
 import os
 import re
