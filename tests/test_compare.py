@@ -65,6 +65,18 @@ def test_progress_counts_rollouts_tokens_and_seconds_up_to_each_evaluation(tmp_p
     assert found == {"rollouts": [0, 16, 24], "tokens": [0, 240, 400], "seconds": [0, 5, 6], "pass": [0.1, 0.5, 0.6]}
 
 
+@pytest.mark.parametrize("rank, phase, called", [(0, "both", 1), (0, "srt", 0), (16, "both", 0), (16, "sd", 0)])
+def test_the_report_of_self_revision_is_made_of_runs_whose_teacher_it_can_read(monkeypatch, tmp_path, rank, phase, called):
+    """revision.py reads no adapters and ends with an error, which would end the comparison too."""
+    commands = []
+    monkeypatch.setattr(compare, "execute", lambda *args: None)
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, **named: commands.append(command))
+    (tmp_path / "args.json").write_text(json.dumps({"phase": phase, "lora_rank": rank}))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"heldout/pass@1": 0.5}) + "\n")
+    compare.run_one(["sdzero.py"], tmp_path, 1, 0)
+    assert len(commands) == called
+
+
 def test_a_figure_has_the_evaluations_and_nothing_between_them():
     """Of those at the same number of rollouts the last; a seed that has none at 80 lies on its line there."""
     runs = [{"rollouts": [0, 64, 64, 96], "tokens": [0, 500, 500, 700], "pass": [0.2, 0.3, 0.4, 0.8]},
