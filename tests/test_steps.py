@@ -94,10 +94,11 @@ def logits(lm, prompt: list[int], response: list[int]) -> Tensor:
     return lm(ids).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
 
 
-def last_update(seen: Watched, minibatches: int, teacher_of, loss_of) -> tuple[dict, list]:
+def last_update(seen: Watched, minibatches: int, teacher_of, loss_of, rewards_of) -> tuple[dict, list]:
     """The gradient of Σ loss_of(response) over the responses of the last update, and these.
 
-    teacher_of: (models, prompt, response) → the teacher's logits.
+    teacher_of: (models, prompt, response) → the teacher's logits. rewards_of: (a group's verdicts
+    and lengths) → its rewards.
     """
     batch, hinted = seen.batches[-1]
     weights = [update.weights for update in seen.updates]
@@ -122,7 +123,7 @@ def last_update(seen: Watched, minibatches: int, teacher_of, loss_of) -> tuple[d
             lq = teacher_of(models, teacher_prompt, response).log_softmax(-1)
         lp = z.log_softmax(-1)
         group, member = divmod(i, batch.rewards.shape[1])
-        rewards = batch.rewards[group].double()
+        rewards = rewards_of(batch.rewards[group].double(), batch.lengths[group].double())
         centred = (rewards[member] - rewards.mean()).item()
         spread = math.sqrt((rewards - rewards.mean()).square().sum() / max(1, len(rewards) - 1))
         chosen.append(SimpleNamespace(
@@ -134,6 +135,16 @@ def last_update(seen: Watched, minibatches: int, teacher_of, loss_of) -> tuple[d
     total = sum(loss_of(o, chosen) for o in chosen)
     total.backward()
     return {name: p.grad for name, p in models.now.named_parameters()}, chosen
+
+
+def verdicts(rewards: Tensor, lengths: Tensor) -> Tensor:
+    return rewards
+
+
+def punished(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """DAPO's ±1 and, in the last fifth of 28 tokens, a fall to −1 below it (Eq. 7 and 13)."""
+    over = (lengths - (28 - 5.6)) / 5.6
+    return 2 * rewards - 1 - over.clamp(0, 1)
 
 
 def at_start(models, prompt: list[int], response: list[int]) -> Tensor:
@@ -149,10 +160,14 @@ def tis(o) -> Tensor:
     return (o.old - o.sampler).exp().clamp(max=2.0)
 
 
-def of_grpo(o, chosen: list) -> Tensor:
-    x = o.ref - o.logp
-    gain = surrogate(o, o.A, o.logp - o.old, 0.2, 0.2) - 0.1 * (x.exp() - x - 1)
+def of_grpo(o, chosen: list, std: bool = True) -> Tensor:
+    x, A = o.ref - o.logp, o.A if std else o.centred
+    gain = surrogate(o, A, o.logp - o.old, 0.2, 0.2) - 0.1 * (x.exp() - x - 1)
     return -(tis(o) * gain).mean() / len(chosen)
+
+
+def of_grpo_without_std(o, chosen: list) -> Tensor:
+    return of_grpo(o, chosen, std=False)
 
 
 def of_gspo(o, chosen: list) -> Tensor:
@@ -212,6 +227,8 @@ def trust_region(models, prompt: list[int], response: list[int]) -> Tensor:
 
 CASES = {
     "grpo": (grpo, ["--minibatches", "2", "--beta", "0.1"], at_start, of_grpo),
+    "grpo, too long": (grpo, ["--overlong", "shape", "--no-std", "--minibatches", "2", "--beta",
+                                "0.1"], at_start, of_grpo_without_std),
     "gspo": (grpo, ["--loss", "gspo", "--minibatches", "2", "--beta", "0.1", "--clip_low", "0.3",
                     "--clip_high", "0.4"], at_start, of_gspo),
     "rlsd": (rlsd, ["--minibatches", "2", "--eps_w", "0.9"], at_start, of_rlsd),
@@ -237,12 +254,15 @@ def test_the_last_update_of_two_steps_is_the_papers(name, tmp_path, monkeypatch)
     assert len(seen.updates) == 2 * minibatches and len(seen.batches) == 2
     last = seen.updates[-1]
     assert (last.lr, last.max_norm) == (pytest.approx(LR * 2 / 3), MAX_NORM)
-    expected, chosen = last_update(seen, minibatches, teacher_of, loss_of)
+    rewards_of = punished if "--overlong" in flags else verdicts
+    expected, chosen = last_update(seen, minibatches, teacher_of, loss_of, rewards_of)
     error = sum((last.gradient[n] - g).square().sum() for n, g in expected.items()).sqrt()
     size = sum(g.square().sum() for g in expected.values()).sqrt()
     assert size > 1e-3 and error < 1e-3 * size, (error, size)
     if minibatches > 1:
         assert max((o.logp - o.old).abs().max() for o in chosen if o.A != 0) > 0.1
+    if name == "grpo":  # a group with equal rewards has the penalty's gradient
+        assert {o.A == 0 for o in chosen} == {True, False}
     if name == "sdpo":
         assert {o.has_context for o in chosen} == {True, False}
     if method is sdzero:  # x, y without its end, P_r: the phrase that the verdict asks for
