@@ -46,9 +46,11 @@ from common.policy import (
 )
 from common.rollouts import Batch, Group, Rollouts, check_fits
 from common.run import Run
+from common.sampler import Rollout
 from common.settings import Flat, Setup, parse
 from common.tasks import Problem
 from common.teacher import kl_by_place, teacher_answers
+from common.verifiers import Verdict
 from common.verifiers.thoughts import after_thoughts
 from kernels.divergence import Pair
 from kernels.head import Divergence, TokenStats
@@ -153,6 +155,13 @@ def teacher_chat(problem: Problem, solution: str | None, feedback: str | None,
     return [*system, {"role": "user", "content": content}]
 
 
+def feedback_on(rollout: Rollout, verdict: Verdict) -> str:
+    """What a failed attempt is told."""
+    if rollout.truncated:
+        return TOO_LONG.format(tokens=len(rollout.response_ids))
+    return verdict.feedback
+
+
 def teacher_prompts(batch: Batch, rollouts: Rollouts, step: int, args: Args) -> tuple:
     """For every rollout: the teacher's prompt ids, whether it has a context [Q, G], and its KIND.
 
@@ -168,9 +177,7 @@ def teacher_prompts(batch: Batch, rollouts: Rollouts, step: int, args: Args) -> 
                 # cut the thoughts before as_text changes control tokens: their tags may be such
                 solution = rollouts.as_text(after_thoughts(group.rollouts[j].text))
             if verdict.reward < 1:  # a success needs no correction
-                feedback = rollouts.as_text(verdict.feedback)
-                if rollout.truncated:
-                    feedback = TOO_LONG.format(tokens=len(rollout.response_ids))
+                feedback = rollouts.as_text(feedback_on(rollout, verdict))
             chat = teacher_chat(group.problem, solution, feedback, args)
             has_context.append(chat is not None)
             if chat is None:

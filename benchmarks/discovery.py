@@ -260,14 +260,18 @@ def multi_turn(rollouts: Rollouts, trials: list, found: dict, args: Args) -> lis
     said: list[list[str]] = [[] for _ in trials]
     for turn in tqdm(range(args.budget), desc="multi-turn", unit="turn", disable=None):
         still_open = [n for n in range(len(trials)) if solved[n] is None]
+        if not still_open:
+            break
         problems = [trials[n][1] for n in still_open]
         prompts = [with_feedback(rollouts, trials[n][1], said[n], args) for n in still_open]
         groups = rollouts.answer(problems, 1, TURNS + 100 * turn, still_open, prompts=prompts)
         for n, group in zip(still_open, groups):
-            if group.verdicts[0].reward == 1:
+            (rollout,), (verdict,) = group.rollouts, group.verdicts
+            feedback = sdpo.feedback_on(rollout, verdict)
+            if verdict.reward == 1:
                 solved[n] = turn + 1
-            elif group.verdicts[0].feedback not in said[n]:
-                said[n].append(group.verdicts[0].feedback)
+            elif feedback not in said[n]:
+                said[n].append(feedback)
     found["multi-turn"] = solved
     return [len(feedbacks) for feedbacks in said]
 

@@ -220,8 +220,8 @@ class HFSampler:
         ends = torch.tensor(self.ends, device=device)
         tokens = torch.zeros(count, steps, dtype=torch.long, device=device)
         logps = torch.zeros(count, steps, device=device)
-        lengths = torch.full((count,), steps, device=device)
         rows = torch.arange(count, device=device)  # which rollout each row of the batch is
+        lengths = torch.full_like(rows, steps)
         done = torch.zeros_like(rows, dtype=torch.bool)
         for t in range(steps):
             token, logp = draw(logits, uniforms[rows, t], temperature, top_p, top_k)
@@ -352,7 +352,10 @@ class VLLMSampler:
         """rows: sequences decoded at once; memory: share of the GPU's memory for weights and KV
         cache; dtype: bfloat16 on CUDA and float32 on a CPU unless given; blank: start without the
         file's weights, so that a weight which `load` does not bring is noticed at once."""
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's model is in this process
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's model is in this process
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",  # knows no seeds: it would be built, never used
+        }
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 

@@ -11,6 +11,7 @@ from conftest import CHAIN
 from benchmarks import discovery as bench
 from common.policy import local
 from common.rollouts import Group
+from common.sampler import Rollout
 from common.settings import parse
 from common.tasks import Problem
 from common.verifiers import Verdict
@@ -59,6 +60,26 @@ def test_a_turn_shows_all_feedback_that_fits_and_drops_the_oldest():
     assert [word for word in ids if word in said] == said
     assert len(bench.with_feedback(rollouts, PROBLEM, ["said0", *said], bench.Args(max_tokens=20))) <= 20
     assert bench.with_feedback(rollouts, PROBLEM, [], bench.Args(max_tokens=20)) == ["q"]
+
+
+def test_a_turn_tells_what_went_wrong_in_the_earlier_ones_as_sdpos_teacher_is_told():
+    shown = []
+    attempts = iter([("wrong", 5, True), ("wrong", 5, True), ("wrong", 3, False), ("right", 3, False)])
+
+    def answer(problems, n, stream, keys, prompts):
+        shown.extend(prompts)
+        said, tokens, cut = next(attempts)
+        rollout = Rollout([0], [7] * tokens, [0.0] * tokens, "length" if cut else "stop", "a response")
+        return [Group(problems[0], [rollout], [Verdict(float(said == "right"), "the checker's words")])]
+
+    rollouts = SimpleNamespace(as_text=str, sampler=SimpleNamespace(context=9999), answer=answer,
+                               chat_ids=lambda chat: chat[-1]["content"])
+    found = {}
+    counts = bench.multi_turn(rollouts, [(0, PROBLEM)], found, bench.Args(budget=9))
+    assert (counts, found) == ([2], {"multi-turn": [4]})
+    too_long = "It is too long: it was cut off after 5 tokens."
+    assert shown[0] == "q" and [too_long in prompt for prompt in shown] == [False, True, True, True]
+    assert ["the checker's words" in prompt for prompt in shown] == [False, False, False, True]
 
 
 PROBLEM = Problem("p", [{"role": "user", "content": "q"}])
