@@ -48,7 +48,9 @@ from common.verifiers.pool import Verifier
 from sdzero import RESTARTS
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = torch.device(("cpu", "cuda")[torch.cuda.is_available()])
+DEVICE = torch.device("cpu")
+if torch.cuda.is_available():
+    DEVICE = torch.device("cuda")
 
 
 @dataclass

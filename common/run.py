@@ -92,14 +92,19 @@ class Run:
         self.method = Path(method).stem
         self.args, self.setup, self.updates = args, args.setup, updates
         store, self.rank, self.world = rendezvous()
-        cuda = torch.cuda.is_available()
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        gpus = torch.cuda.device_count()
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT
         )
         self.device = torch.device("cpu")
-        if cuda:
-            self.device = torch.device("cuda", dist.get_node_local_rank(0))
+        if gpus:
+            local = dist.get_node_local_rank(0)
+            require(
+                local < gpus,
+                f"more processes than GPUs on this machine: give torchrun --nproc_per_node={gpus}",
+            )
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         transformers.logging.disable_progress_bar()
         self.check_division()
@@ -312,8 +317,8 @@ class Run:
             if out_of_memory(error):
                 raise
             reason = str(error).strip() or repr(error)
-            free = free_bytes(self.folder) / 2**30
-            failed = f"{reason.splitlines()[-1]}; {free:.3f} GiB are free there"
+            room = f"{free_bytes(self.folder) / 2**30:.3f} GiB are free there"
+            failed = f"{reason.splitlines()[-1]}; {room}"
         failed = self.as_first_rank(lambda: failed)
         require(
             not failed,

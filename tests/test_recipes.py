@@ -198,3 +198,16 @@ def test_a_dry_run_finds_what_is_missing_in_one_line(flags, words, monkeypatch):
     with pytest.raises(SystemExit) as error:
         dry("grpo", *flags)
     assert words in str(error.value) and str(error.value).startswith("error: ") and "\n" not in str(error.value)
+
+
+def test_more_processes_than_gpus_end_with_the_number_to_give(tmp_path, monkeypatch):
+    many(monkeypatch, world=4, local=4)
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    grpo = importlib.import_module("grpo")
+    args = parse(grpo.Args, grpo.presets, ["--demo", "--out", str(tmp_path)])
+    try:
+        with pytest.raises(SystemExit, match="give torchrun --nproc_per_node=2"):
+            run.Run(args, "grpo")
+    finally:
+        torch.distributed.destroy_process_group()
