@@ -317,8 +317,7 @@ class Run:
             if out_of_memory(error):
                 raise
             reason = str(error).strip() or repr(error)
-            room = f"{free_bytes(self.folder) / 2**30:.3f} GiB are free there"
-            failed = f"{reason.splitlines()[-1]}; {room}"
+            failed = f"{reason.splitlines()[-1]}; {free_bytes(self.folder) / 2**30:.3f} GiB free"
         failed = self.as_first_rank(lambda: failed)
         require(
             not failed,
