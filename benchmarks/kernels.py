@@ -571,7 +571,7 @@ def ladder_figure(numbers: dict, path: Path) -> None:
             axis.plot(x, [row[field] for row in mine], **style)
     for axis, title in zip(axes, ("error of the value", "error of the gradient")):
         axis.set(xscale="log", yscale="log", title=title,
-                 xlabel="KL(student‖teacher), nats a token")
+                 xlabel="KL(student‖teacher), nats per token")
         axis.axhline(1, color="0.6", linewidth=0.8)
         axis.grid(alpha=0.3)
     rounding = 2**-9
