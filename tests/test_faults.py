@@ -229,7 +229,7 @@ def test_a_full_disk_is_told_in_words_and_the_previous_checkpoint_stands(undistu
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         torch.distributed.destroy_process_group()
-    assert re.fullmatch(r"error: \S*/step_000004 could not be written \(.* free there\); the last complete checkpoint "
+    assert re.fullmatch(r"error: \S*/step_000004 could not be written \(.* GiB free\); the last complete checkpoint "
                         r"is \S*/step_000003: make room and go on with --resume auto", str(error.value))
     run_grpo(tiny(tmp_path, "r", "--resume", "auto"))
     assert_same_run(undisturbed[0] / "1", tmp_path / "r", STEPS)
