@@ -17,6 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +59,7 @@ SHAPE = Qwen3Config(
 class Args:
     model: str  # folder of the model
     only: list[str] = field(default_factory=lambda: list(RUNS))  # some of RUNS
-    steps: int = 4  # of "full" and "shape"
-    out: str = "runs/gpu"  # folder of the runs
+    steps: int = 4  # of "full" and "shape", at least 2
 
 
 def main(args: Args) -> None:
@@ -69,10 +69,7 @@ def main(args: Args) -> None:
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {"commit": commit, "hardware": torch.cuda.get_device_name(), "torch": torch.__version__}
     for name in args.only:
-        model = args.model
-        if name == "shape":
-            model = random_model(Path(args.out) / "shape-model", args.model)
-        metrics = execute(name, model, args)
+        metrics = execute(name, args)
         found = {**about, "command": f"python {RUNS[name]} --model MODEL", "metrics": metrics}
         (results / f"{name}.json").write_text(json.dumps(found, indent=1))
         print(row_of(name, metrics), flush=True)
@@ -90,17 +87,21 @@ def random_model(path: Path, tokenizer: str) -> str:
     return str(path)
 
 
-def execute(name: str, model: str, args: Args) -> list[dict]:
+def execute(name: str, args: Args) -> list[dict]:
     """Every step's metrics."""
-    metrics = Path(args.out) / name / "metrics.jsonl"
-    command = [sys.executable, *shlex.split(RUNS[name]), "--model", model, "--out", args.out,
-               "--name", name]
-    run = subprocess.Popen(command, cwd=ROOT)
-    while run.poll() is None:
-        time.sleep(0.2)
-        if name in ENDED and len(lines_of(metrics)) >= args.steps:
-            run.kill()
-    rows = lines_of(metrics)
+    with tempfile.TemporaryDirectory() as out:
+        model = args.model
+        if name == "shape":
+            model = random_model(Path(out) / "model", args.model)
+        metrics = Path(out) / name / "metrics.jsonl"
+        command = [sys.executable, *shlex.split(RUNS[name]), "--model", model, "--out", out,
+                   "--name", name]
+        run = subprocess.Popen(command, cwd=ROOT)
+        while run.poll() is None:
+            time.sleep(0.2)
+            if name in ENDED and len(lines_of(metrics)) >= args.steps:
+                run.kill()
+        rows = lines_of(metrics)
     if (run.returncode != 0 and name not in ENDED) or len(rows) < args.steps:
         raise SystemExit(f"{name} ended after {len(rows)} steps")
     return rows
@@ -138,12 +139,15 @@ def row_of(name: str, metrics: list[dict]) -> list[str]:
     scores = [row["heldout/pass@1"] for row in metrics if "heldout/pass@1" in row]
     gap = "mismatch/max_abs_dlogp"
     gaps = [row[gap] for row in metrics if gap in row]
+    mismatch = ["–", "–"]
+    if len(gaps) > 1:
+        mismatch = [f"{gaps[0]:.2f}", f"{max(gaps[1:]):.2f}"]
     return [
         name, " → ".join(f"{score:.2f}" for score in scores), f"{length:.0f}",
         f"{mean('time/sample'):.2f}", f"{count * length / mean('time/sample'):,.0f}",
         f"{mean('time/score'):.2f}", f"{mean('time/update'):.2f}", f"{mean('tflops/update'):.0f}",
         f"{mean('time/sync'):.2f}", f"{max(row['peak_gib'] for row in metrics):.1f}",
-        *([f"{gaps[0]:.2f}", f"{max(gaps[1:]):.2f}"] if gaps else ["–", "–"]),
+        *mismatch,
     ]
 
 
