@@ -83,7 +83,7 @@ class Args:
     group_size: int = 8  # G, student responses per question
     max_tokens: int = 512  # most tokens per response
     temperature: float = 1.0  # of sampling and of both sides of the divergence
-    instruction: str | None = None  # text added to every maths question; None: the default
+    instruction: str | None = None  # text added to a maths or gym question; None: the default
     data_dir: str = ""  # folder of the named data sets
     fields: str = ""  # the data's field names if they differ
     thinking: bool = False  # switch on the chat template's thinking mode

@@ -31,7 +31,7 @@ class Setup:
     kind: Literal["", "math", "choice", "tool", "code"] = ""  # of records; empty: ask them
     bad_records: Literal["", "error", "skip"] = ""  # empty: skip those of the hub alone
     gym_reward: Literal["full", "score"] = "full"  # full: 1 or 0; score: the set's partial scores
-    instruction: str | None = None  # text added to every maths question; None: asks for \boxed{}
+    instruction: str | None = None  # added to maths and gym questions; None: each has its own
     heldout: int = 256  # problems set aside for evaluation, never trained on
     # machine
     token_budget: int = 16384  # padded tokens per forward pass of training

@@ -321,6 +321,33 @@ def test_any_generated_dataset_has_its_own_instruction():
             load_task(f"gym:{name}", heldout=1)
 
 
+def test_an_instruction_replaces_the_one_of_a_generated_dataset():
+    task = load_task("gym:leg_counting", heldout=1, instruction="Say <answer>N</answer>.")
+    for p in (task.heldout[0], task.train[0]):
+        assert p.messages[0]["content"] == f"{p.meta['question']}\n\nSay <answer>N</answer>."
+    bare = load_task("gym:leg_counting", heldout=1, instruction="").heldout[0]
+    assert bare.messages[0]["content"] == bare.meta["question"]
+
+
+@pytest.mark.parametrize("spec, option, value", [
+    ("chain", "fields", "question=q"), ("chain", "kind", "math"), ("chain", "bad_records", "skip"), ("chain", "gym_reward", "score"),
+    ("chain", "instruction", "Box it."), ("gym:leg_counting", "kind", "math"), ("gym:leg_counting", "fields", "question=q"),
+    ("gym:leg_counting", "bad_records", "error"), ("jsonl:SUMS", "gym_reward", "score"), ("math500", "kind", "choice"),
+    ("2*chain+1*gym:leg_counting", "kind", "code")])
+def test_an_option_that_the_task_does_not_read_is_refused(spec, option, value, tmp_path):
+    spec = spec.replace("jsonl:SUMS", write(tmp_path / "sums.jsonl", sums(5)))
+    write(tmp_path / "math" / "math500.json", [{"problem": f"{i}?", "answer": "1"} for i in range(5)], as_list=True)
+    with pytest.raises(SystemExit, match=f"^error: --task .*: --{option} (changes nothing here|is for maths and reasoning-gym)"):
+        load_task(spec, heldout=2, data_dir=str(tmp_path), **{option: value})
+
+
+def test_an_option_that_one_part_of_a_mixture_reads_is_taken(tmp_path):
+    spec = write(tmp_path / "sums.jsonl", sums(5))
+    task = load_task(f"1*chain+1*{spec}", heldout=2, instruction="Box it.", kind="math", bad_records="skip")
+    assert {(p.kind, p.messages[0]["content"].endswith("Box it.")) for p in task.at_hand} == {("chain", False), ("math", True)}
+    load_task("1*chain+1*gym:leg_counting", heldout=2, gym_reward="score", instruction="Tag it.")
+
+
 @pytest.mark.parametrize("given, shown", [
     ("so", "so"), (["so", "or so"], "so"), ([], None), (None, None)])
 def test_of_several_solutions_the_first_is_shown_as_text(given, shown):

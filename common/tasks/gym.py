@@ -74,13 +74,18 @@ def ask(kind: bytes, *request, number: int = 0):
 
 
 def problem(name: str, index: int, size: int, seed: int = 0, *, number: int = 0,
-            **meta) -> Problem:
-    """Problem `index` of a dataset of `size` problems. number: of the maker."""
+            instruction: str | None = None, **meta) -> Problem:
+    """Problem `index` of a dataset of `size` problems. number: of the maker. instruction: text that
+    is added to the question; None takes INSTRUCTION."""
     try:
         entry = ask(MAKE, name, size, seed, index, number=number)
     except Unmade as error:  # an unknown set, or one that needs settings
         raise SystemExit(f"error: --task gym:{name}: {error}") from None
-    user = f"{entry['question']}\n\n{INSTRUCTION}"
+    user = entry["question"]
+    if instruction is None:
+        instruction = INSTRUCTION
+    if instruction:
+        user = f"{user}\n\n{instruction}"
     answer = entry["answer"]
     if answer is not None:
         answer = str(answer)
@@ -99,16 +104,19 @@ def problems(name: str, count: int) -> list[Problem]:
     return [problem(name, i, count) for i in range(count)]
 
 
-def divide(name: str, heldout: int, reward: str) -> tuple[Lazy, Lazy, list[str]]:
+def divide(name: str, heldout: int, reward: str,
+           instruction: str | None = None) -> tuple[Lazy, Lazy, list[str]]:
     """→ (SIZE training problems, `heldout` others, notes). No question is in both.
 
-    reward: "full" or "score". Raises SystemExit if the scorer pays nonsense in full.
+    reward: "full" or "score". instruction: see `problem`. Raises SystemExit if the scorer pays
+    nonsense in full.
     """
     size = SIZE + heldout
     order = sorted(range(size), key=lambda i: hashlib.sha1(f"gym/{name}/{i}".encode()).digest())
-    first = [problem(name, order[0], size)]  # it takes the library's start, too
+    made = functools.partial(problem, name, size=size, instruction=instruction)
+    first = [made(order[0])]  # it takes the library's start, too
     begin = time.perf_counter()
-    first += [problem(name, i, size) for i in order[1:PROBED]]
+    first += [made(i) for i in order[1:PROBED]]
     seconds = (time.perf_counter() - begin) / (PROBED - 1)
     meta, notes = probe(name, first, reward)
     if seconds > SLOW and heldout:
@@ -117,7 +125,7 @@ def divide(name: str, heldout: int, reward: str) -> tuple[Lazy, Lazy, list[str]]
     makers = 1
     if seconds > SLOW:
         makers = min(MAKERS, len(os.sched_getaffinity(0)))
-    tests = Lazy(heldout, lambda k: problem(name, order[k], size, number=k % makers, **meta))
+    tests = Lazy(heldout, lambda k: made(order[k], number=k % makers, **meta))
     for k, p in enumerate(first[:heldout]):
         tests.made[k] = replace(p, meta={**p.meta, **meta})
 
@@ -130,9 +138,9 @@ def divide(name: str, heldout: int, reward: str) -> tuple[Lazy, Lazy, list[str]]
 
     def train(k: int) -> Problem:
         for seed in range(TRIES):
-            made = problem(name, order[heldout + k], size, seed * STRIDE, **meta)
-            if made.messages[0]["content"] not in asked():
-                return made
+            found = made(order[heldout + k], seed=seed * STRIDE, **meta)
+            if found.messages[0]["content"] not in asked():
+                return found
         raise SystemExit(f"error: --task gym:{name}: it has too few different questions, for "
                          f"{TRIES} in a row are held out; lower --heldout")
 

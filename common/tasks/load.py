@@ -37,6 +37,7 @@ from common.tasks.records import BadRecord, Records, read_hub, read_records
 from common.tasks.sets import BOTH, SETS, read_set
 
 FILES = ("jsonl", "json", "parquet", "hf")  # sources whose records may be of any kind
+INSTRUCTED = {"math", "gym"}  # kinds whose questions get an instruction
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,14 @@ def load_task(spec: str, *, heldout: int, against: str = "", **options) -> Task:
         fields: "question=prompt,answer=reward_model.ground_truth,…" maps the names used here
         (question, answer, solution, system) to the data's.
         kind: what the records of files and of the hub are; "" leaves that to the records (kinds.py)
-        instruction: text that is added to every maths question; None takes maths.INSTRUCTION.
+        instruction: text that is added to every question of maths or reasoning-gym; None takes
+        maths.INSTRUCTION or gym.INSTRUCTION.
         data_dir: the folder that the named sets are read from; "" reads them from the hub.
         bad_records: "error" ends the run at a record that cannot be used, "skip" leaves it out and
         says so; "" is "skip" for records of the hub and "error" for others.
         gym_reward: "full" or "score", see gym.judge.
     Raises SystemExit with one line that names the file, the line and the field if a record is
-    malformed.
+    malformed, and if no part of the task reads an option that is given.
     """
     how = Options(**options)
     check_fields(how.fields)
@@ -124,6 +126,11 @@ def load_task(spec: str, *, heldout: int, against: str = "", **options) -> Task:
         parts.append(part)
         notes += part.notes
         summary += summarise(name, part)
+    check_options(spec, [name for _, name in mixed], how)
+    if how.instruction:
+        kinds = {p.kind for part in parts for half in part[:2] for p in at_hand(half)}
+        require(kinds & INSTRUCTED, f"--task {spec}: --instruction is for maths and reasoning-gym, "
+                "and no problem here is of these; leave it out")
 
     tests = joined([part.heldout for part in parts])
     evaluation = {"the held-out problems": at_hand(tests)}
@@ -144,6 +151,23 @@ def load_task(spec: str, *, heldout: int, against: str = "", **options) -> Task:
                      "set")
     places = [[(k, i) for i in range(len(train))] for k, train in enumerate(kept)]
     return Task(picked(kept, blend(weights, places)), tests, tuple(notes), tuple(summary))
+
+
+def check_options(spec: str, names: list[str], how: Options) -> None:
+    """End the run if an option is given that no part of the task reads."""
+    read = set()
+    for name in names:
+        source = name.partition(":")[0]
+        if source == "gym":
+            read.add("gym_reward")
+        elif source in FILES:
+            read |= {"fields", "kind", "bad_records"}
+        elif source != "chain":  # a named set
+            read |= {"fields", "bad_records"}
+    for option in ("fields", "kind", "bad_records", "gym_reward"):
+        given = getattr(how, option) != Options._field_defaults[option]
+        require(option in read or not given,
+                f"--task {spec}: --{option} changes nothing here; leave it out")
 
 
 def joined(parts: list[Sequence[Problem]]) -> Sequence[Problem]:
@@ -180,7 +204,7 @@ def divide(name: str, count: int, how: Options) -> Part:
     """One part of a mixture, with `count` problems for evaluation."""
     source, _, rest = name.partition(":")
     if source == "gym":
-        return Part(*gym.divide(rest, count, how.gym_reward))
+        return Part(*gym.divide(rest, count, how.gym_reward, how.instruction))
     read = read_problems(name, "train", how, count)
     train, notes = in_hash_order(read.problems), list(read.notes)
     if source in FILES and not how.kind:
@@ -230,7 +254,8 @@ def read_problems(spec: str, split: str, how: Options, heldout: int = 0) -> Read
     if source == "chain":
         return Reading(chain.load(spec, name, heldout), [])
     if source == "gym":
-        _, tests, notes = gym.divide(name, heldout or gym.SIZE, how.gym_reward)
+        _, tests, notes = gym.divide(name, heldout or gym.SIZE, how.gym_reward,
+                                     how.instruction)
         return Reading(list(tests), notes)
     kind = how.kind
     from_hub = source == "hf"
