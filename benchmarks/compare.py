@@ -12,7 +12,8 @@ the best final held-out pass@1 wins. Then the reported seeds run.
 
 Every run is a plain command of a method file. A run that is already under --out is not repeated, so
 the same command resumes an interrupted comparison, and grids share their runs. Writes into
-results/compare/NAME/: search.json, runs.json, table.md, rollouts.png, tokens.png.
+results/compare/NAME/: search.json, runs.json, table.md, rollouts.png, tokens.png. Methods that
+--only leaves out keep the results that are there, if their commands are still the same.
 """
 from __future__ import annotations
 
@@ -525,27 +526,54 @@ def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, st
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
                             text=True).stdout.strip()
     about = {
-        "command": hide("python benchmarks/compare.py " + " ".join(sys.argv[1:])), "commit": commit,
-        "hardware": f"{hardware()}, {args.jobs} run(s) at a time",
+        "command": hide("python benchmarks/compare.py " + shlex.join(sys.argv[1:])),
+        "commit": commit, "hardware": f"{hardware()}, {args.jobs} run(s) at a time",
     }
-    commands = {}
-    for m in runs:
-        words = command_of(Job(m, rates[m], 0), args)
-        commands[m] = hide(shlex.join(words[:-2]))  # without the seed
+
+    def typed(m: str, rate: float) -> str:
+        words = command_of(Job(m, rate, 0), args)
+        return hide(shlex.join(words[:-2]))  # without the seed
+
+    commands = {m: typed(m, rates[m]) for m in runs}
+    commits = dict.fromkeys(runs, commit)
+    chosen = list(runs)
+    before = read_results(out / "runs.json", grid)
+    for m, command in before["commands"].items():
+        if m not in runs and m in METHODS and command == typed(m, float(command.split()[-1])):
+            runs[m], commands[m], commits[m] = before["runs"][m], command, before["commits"][m]
     if search:
+        if (out / "search.json").exists():
+            found = json.loads((out / "search.json").read_text())["final held-out pass@1"]
+            search = {m: found[m] for m in runs if m in found} | search
         found = {**about, "seeds": grid.tuning_seeds, "final held-out pass@1": search}
         (out / "search.json").write_text(json.dumps(found, indent=1))
-    result = {**about, "seeds": grid.seeds, "commands": commands, "runs": runs, "stopped": stopped}
+    result = {
+        **about, "seeds": grid.seeds, "commands": commands, "commits": commits, "runs": runs,
+        "stopped": stopped,
+    }
     (out / "runs.json").write_text(json.dumps(result))
-    text = table(about, runs, rates, commands, grid, stopped)
+    text = table(about, runs, commands, commits, grid, stopped)
     (out / "table.md").write_text(text)
     for axis in ("rollouts", "tokens"):
         draw(grid.panels, runs, commands, axis, out / f"{axis}.png")
-    for m in runs:
+    for m in chosen:
         figure = folder_of(Job(m, rates[m], grid.seeds[0]), args) / "self_localisation.png"
         if figure.exists():
             shutil.copy(figure, out / f"self-localisation-{folder_name(m)}.png")
     print(text)
+
+
+def read_results(path: Path, grid: Grid) -> dict:
+    """The earlier runs.json at `path`, with a commit for each method. Empty if there is none, or if
+    its seeds are others."""
+    empty = {"commands": {}, "commits": {}, "runs": {}}
+    if not path.exists():
+        return empty
+    before = json.loads(path.read_text())
+    if tuple(before["seeds"]) != grid.seeds:
+        return empty
+    before.setdefault("commits", dict.fromkeys(before["runs"], before["commit"]))
+    return before
 
 
 def hardware() -> str:
@@ -561,8 +589,8 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(t * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def table(about: dict, runs: dict[str, list[dict]], rates: dict[str, float],
-          commands: dict[str, str], grid: Grid, stopped: list[str]) -> str:
+def table(about: dict, runs: dict[str, list[dict]], commands: dict[str, str],
+          commits: dict[str, str], grid: Grid, stopped: list[str]) -> str:
     spread = f"Means over {len(grid.seeds)} seeds, ± half the 95 % interval"
     if len(grid.seeds) <= 2:
         spread = ("One seed", "Each of the two seeds")[len(grid.seeds) - 1]
@@ -577,12 +605,16 @@ def table(about: dict, runs: dict[str, list[dict]], rates: dict[str, float],
     ]
     finished = [m for m in runs if runs[m]]
     best_first = sorted(finished, key=lambda m: -mean_of(runs[m], "pass@1"))
-    lines += [row_of(m, runs[m], rates[m], len(grid.seeds)) for m in best_first]
+    for m in best_first:
+        rate = commands[m].split()[-1]
+        lines.append(row_of(m, runs[m], rate, len(grid.seeds)))
     lines += table_of_localisation(runs)
     for row in stopped:
         lines += ["", row]
     lines += ["", "Commands:", ""]
-    lines += [f"- {m}: `python {command}`" for m, command in commands.items()]
+    for m, command in commands.items():
+        kept = f" (commit {commits[m]})" if commits[m] != about["commit"] else ""
+        lines.append(f"- {m}{kept}: `python {command}`")
     return "\n".join(lines) + "\n"
 
 
@@ -592,7 +624,7 @@ def mean_of(results: list[dict], name: str) -> float:
     return float(np.mean(values))
 
 
-def row_of(method: str, results: list[dict], rate: float, seeds: int) -> str:
+def row_of(method: str, results: list[dict], rate: str, seeds: int) -> str:
     final = [r["pass@1"] for r in results]
     shown = " ".join(f"{x:.3f}" for x in final)
     if len(final) > 2:
@@ -602,7 +634,7 @@ def row_of(method: str, results: list[dict], rate: float, seeds: int) -> str:
     if all(r["entropy"] is not None for r in results):
         entropy = f"{mean_of(results, 'entropy'):.3g}"
     cells = [
-        method, f"{rate:g}", shown, f"{mean_of(results, 'pass@8'):.3f}", f"{best:.3f}",
+        method, rate, shown, f"{mean_of(results, 'pass@8'):.3f}", f"{best:.3f}",
         reached(results, 0.6, seeds), reached(results, 0.8, seeds),
         f"{mean_of(results, 'rollouts'):,.0f}", f"{mean_of(results, 'tokens'):,.0f}",
         f"{mean_of(results, 'seconds'):.0f}", entropy, f"{mean_of(results, 'length'):.1f}",

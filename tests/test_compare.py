@@ -2,6 +2,7 @@
 import importlib
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,33 @@ def test_the_report_of_self_revision_is_made_of_runs_whose_teacher_it_can_read(m
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"heldout/pass@1": 0.5}) + "\n")
     compare.run_one(["sdzero.py"], tmp_path, 1, 0)
     assert len(commands) == called
+
+
+def result(pass_at_1: float) -> dict:
+    return {"seed": 0, "rollouts": [0, 512.0], "tokens": [0, 9.0], "seconds": [0, 9.0], "pass": [0.1, pass_at_1],
+            "pass@1": pass_at_1, "pass@8": 1.0, "length": 9.0, "entropy": 0.1, "peak_gib": 1.0}
+
+
+def test_methods_that_were_not_asked_for_keep_their_results(monkeypatch, tmp_path):
+    """Unless their command or the seeds have changed since."""
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    args, grid = compare.Args("qwen", model="M"), compare.GRIDS["qwen"]
+    said = []
+
+    def write(method, pass_at_1, grid=grid):
+        compare.write({method: [result(pass_at_1)]}, {method: 1e-4}, {}, [], grid, args)
+        found = json.loads((tmp_path / "results" / "compare" / "qwen" / "runs.json").read_text())
+        said.append((tmp_path / "results" / "compare" / "qwen" / "table.md").read_text())
+        assert set(found["commands"]) == set(found["commits"]) == set(found["runs"])
+        return {m: results[0]["pass@1"] for m, results in found["runs"].items()}
+
+    assert write("GRPO (0.5B)", 0.8) == {"GRPO (0.5B)": 0.8}
+    assert write("HSD (0.5B)", 0.4) == {"HSD (0.5B)": 0.4, "GRPO (0.5B)": 0.8}
+    assert write("GRPO (0.5B)", 0.7) == {"HSD (0.5B)": 0.4, "GRPO (0.5B)": 0.7}
+    assert "| GRPO (0.5B) | 0.0001 | 0.700 |" in said[-1] and "| HSD (0.5B) | 0.0001 | 0.400 |" in said[-1]
+    monkeypatch.setitem(compare.METHODS, "HSD (0.5B)", compare.Method("hsd.py --steps 9"))
+    assert write("RLSD (0.5B)", 0.6) == {"RLSD (0.5B)": 0.6, "GRPO (0.5B)": 0.7}
+    assert write("RLSD (0.5B)", 0.6, replace(grid, seeds=(1,))) == {"RLSD (0.5B)": 0.6}
 
 
 def test_a_figure_has_the_evaluations_and_nothing_between_them():
