@@ -165,15 +165,10 @@ def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.
     predicts the first token of a response. The last token of a response predicts nothing and is
     not read.
     """
-    wanted = [tuple(prompts[row]) for row in rows]
-    different = list(dict.fromkeys(wanted)) or [(0,)]
-    prefix = padded(different, left=True)
+    wanted = [prompts[row] for row in rows]
+    prefix, mask, which = each_once(wanted or [[0]])
     read = [responses[row][:-1] for row in rows]
     ids = padded(read)
-    ones = [[1] * len(prompt) for prompt in different]
-    mask = padded(ones, left=True)
-    place = {prompt: i for i, prompt in enumerate(different)}
-    which = [place[prompt] for prompt in wanted]
     wide = prefix.shape[1]
     width = ids.shape[1]
     index: list[int] = []
@@ -185,12 +180,29 @@ def shared_prompts(prompts: Ids, responses: Ids, rows: list[int], device: torch.
     micro = micro_of(rows, responses, ids, index, device)
     micro.prefix = prefix.to(device)
     micro.prefix_mask = mask.to(device)
-    micro.prefix_of = as_long(which or [0], device)
-    micro.tokens = sum(map(len, different)) + sum(map(len, read))
-    micro.pairs = sum(triangle(len(prompt)) for prompt in different)
+    micro.prefix_of = as_long(which, device)
+    lengths = mask.sum(1).tolist()
+    micro.tokens = sum(lengths) + sum(map(len, read))
+    micro.pairs = sum(map(triangle, lengths))
     for prompt, response in zip(wanted, read):
         micro.pairs += len(prompt) * len(response) + triangle(len(response))
     return micro
+
+
+def each_once(prompts: Ids) -> tuple[Tensor, Tensor, list[int]]:
+    """The different prompts as ids and mask [P, L], padded on the left; and which of them each
+    prompt is.
+
+    >>> each_once([[5], [3, 4], [5]])
+    (tensor([[0, 5],
+            [3, 4]]), tensor([[0, 1],
+            [1, 1]]), [0, 1, 0])
+    """
+    wanted = list(map(tuple, prompts))
+    different = list(dict.fromkeys(wanted))
+    ones = [[1] * len(prompt) for prompt in different]
+    which = [different.index(prompt) for prompt in wanted]
+    return padded(different, left=True), padded(ones, left=True), which
 
 
 def triangle(n: int) -> int:

@@ -33,7 +33,7 @@ from transformers.initialization import no_init_weights
 from common import TIMEOUT, require
 from common.architecture import context_length, empty_lm, sampling_cache, saved_buffers
 from common.chat import end_tokens, response_text
-from common.microbatches import Ids, padded
+from common.microbatches import Ids, as_long, each_once
 
 Weights = Iterable[tuple[str, Tensor]]  # Hugging Face names and whole tensors
 
@@ -242,18 +242,16 @@ class HFSampler:
         return cut(tokens, lengths), cut(logps, lengths)
 
     def read(self, prompts: Ids, n: int) -> tuple[Reading, Tensor]:
-        """Read each prompt once for its n rows: → the reading, next token's logits [rows, V]."""
-        ids = padded(prompts, left=True).to(self.device)
-        ones = [[1] * len(prompt) for prompt in prompts]
-        mask = padded(ones, left=True).to(self.device)
+        """Read each different prompt once: → the reading, next token's logits [rows, V]."""
+        ids, mask, which = each_once(prompts)  # a teacher's prompt may belong to several siblings
+        ids, mask = ids.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
         past = sampling_cache(self.lm)
         (cache,) = past.values()
         cache.layers = [growing(layer) for layer in cache.layers]
         reading = Reading(past, mask, positions[:, -1:])
         logits = self.logits(ids, positions, reading)
-        rows = torch.arange(len(prompts), device=self.device)
-        rows = rows.repeat_interleave(n)
+        rows = as_long(which, self.device).repeat_interleave(n)
         reading.select(rows)
         return reading, logits[rows]
 

@@ -67,6 +67,24 @@ def test_a_group_larger_than_the_rows_is_decoded_in_parts(monkeypatch):
     assert counts == [3, 3, 2, 3, 3, 2, 16] and found[0] == found[1]
 
 
+def test_a_prompt_of_several_is_read_once_and_each_keeps_its_own_samples(monkeypatch):
+    """As a teacher's prompt that siblings share."""
+    tokenizer = load_tokenizer(CHAIN)
+    a, b = (chat_ids(tokenizer, p.messages) for p in load_task("chain", heldout=8).train[:2])
+    sampler = HFSampler(CHAIN, tokenizer, CPU)
+    logits, read = sampler.logits, []
+    monkeypatch.setattr(sampler, "logits", lambda ids, *rest: read.append(len(ids)) or logits(ids, *rest))
+
+    def sample(prompts, keys):
+        read.clear()
+        groups = sampler.sample(prompts, 2, seed=(0, 0), keys=keys, max_tokens=24)
+        return read[0], [[o.response_ids for o in group] for group in groups]
+
+    count, together = sample([a, b, list(a)], [0, 1, 2])
+    apart = [sample([prompt], [key])[1][0] for key, prompt in enumerate((a, b, a))]
+    assert count == 2 and together == apart and together[0] != together[2]
+
+
 def log_likelihood(stats: TokenStats, _) -> torch.Tensor:
     return stats.logp
 
