@@ -122,7 +122,7 @@ def main(args: Args) -> dict:
             cell = f"{wording}/{name}"
             answers = teacher_answers(rollouts, batch, prompts, has_context, store, cell, args)
             row = {"wording": wording, "shown": name}
-            row |= answer_metrics(answers, batch)
+            row |= answer_metrics(answers, batch, name)
             read = first_of(has_context, args.read)
             row |= divergence_metrics(policy, method, cell_settings, batch, prompts, read, rollouts)
             rows.append(row)
@@ -296,24 +296,32 @@ def student_row(batch: Batch) -> dict:
     }
 
 
-def answer_metrics(answers: dict, batch: Batch) -> dict:
-    """pass@1, truncation and length of a teacher's answers; the interval is over questions."""
+def answer_metrics(answers: dict, batch: Batch, shown: str) -> dict:
+    """pass@1, truncation and length of a teacher's answers; the interval is over questions.
+
+    The student beside them must not be chosen by its own verdicts. A sibling's hint needs a success
+    among the other rollouts, so that the group's mean would be too high, by up to 1/G: the
+    rollout's own verdict counts. Feedback needs a rollout that failed: its group's mean counts.
+    """
     count = len(batch.rollouts)
     out = {"share": len(answers) / count, "answers": len(answers)}
     if not answers:
         return out
     G = batch.rewards.shape[1]
+    right = (batch.rewards == 1).float()
     by_question: dict[int, list[float]] = {}
     student: dict[int, list[float]] = {}  # on the same questions
     for i, (_, verdict) in answers.items():
+        own = right.flatten()[i]
+        if shown == "feedback":
+            own = right[i // G].mean()
         by_question.setdefault(i // G, []).append(float(verdict.reward == 1))
-    for q in by_question:
-        student[q] = [float(verdict.reward == 1) for verdict in batch.groups[q].verdicts]
-    right = np.array([np.mean(values) for values in by_question.values()])
+        student.setdefault(i // G, []).append(own.item())
+    taught = np.array([np.mean(values) for values in by_question.values()])
     alone = np.array([np.mean(values) for values in student.values()])
     return out | {
-        "right": interval(right),
-        "lead": interval(right - alone),  # over the student on the same questions
+        "right": interval(taught),
+        "lead": interval(taught - alone),  # over the student on the same questions
         "cut_off": np.mean([rollout.truncated for rollout, _ in answers.values()]).item(),
         "tokens": np.mean([len(rollout.response_ids) for rollout, _ in answers.values()]).item(),
     }

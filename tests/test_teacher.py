@@ -1,6 +1,7 @@
 """benchmarks/teacher.py: is the teacher better than the student?"""
 import doctest
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import CHAIN, ROOT
 from transformers import AutoModelForCausalLM
 
 from benchmarks import teacher
+from common.verifiers import Verdict
 
 WORDINGS = {"hsd": {"as trained": {}, "unknown words": {"ANSWER": "Psst: {answer}!", "CLOSING": ""}}}
 
@@ -46,6 +48,21 @@ def test_every_row_has_its_answers_and_every_wording_its_own(measured):
     assert summary["rows"][1]["right"] != summary["rows"][2]["right"]  # words it never saw
     assert (folder / "figure.png").stat().st_size > 1000 and "unknown words" in (folder / "table.md").read_text()
     assert "Psst: " in (folder / "examples.md").read_text()
+
+
+@pytest.mark.parametrize("shown", ["sibling", "feedback"])
+def test_a_teacher_as_good_as_the_student_has_no_lead(shown):
+    """Each is right in a tenth of its answers. Groups without a success have no sibling's hint, and a success has no feedback."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = (torch.rand(4000, 8, generator=generator) < 0.1).float()
+    taught = (torch.rand(4000, 8, generator=generator) < 0.1).float().flatten().tolist()
+    others = rewards.sum(1, keepdim=True) - rewards
+    has_context = others > 0 if shown == "sibling" else rewards == 0
+    answer = SimpleNamespace(truncated=False, response_ids=[0])
+    answers = {i: (answer, Verdict(taught[i])) for i in has_context.flatten().nonzero()[:, 0].tolist()}
+    batch = SimpleNamespace(rewards=rewards, rollouts=range(rewards.numel()))
+    found = teacher.answer_metrics(answers, batch, shown)
+    assert abs(found["lead"]["mean"]) < 0.02 and found["right"]["mean"] == pytest.approx(0.1, abs=0.01)
 
 
 @torch.no_grad()
