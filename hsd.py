@@ -112,7 +112,7 @@ def presets(args: Args) -> dict:
 # --------------------------------------------------------------------------------------------------
 ANSWER = "The final answer is {answer}."
 SOLUTION = "A solution that passed the check:\n{solution}"
-CLOSING = "Now answer the original question."  # best on two of three tasks: docs/teacher.md
+CLOSING = "Now answer the original question."  # what works on which task: docs/teacher.md
 LAYOUT = ("question", "answer", "solution", "closing")  # the paper's order of the fields
 
 

@@ -119,7 +119,7 @@ def presets(args: Args) -> dict:
 SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
 TOO_LONG = "It is too long: it was cut off after {tokens} tokens."  # instead of the checker's words
-CLOSING = "Now answer the original question."  # best on two of three tasks: docs/teacher.md
+CLOSING = "Now answer the original question."  # what works on which task: docs/teacher.md
 LAYOUT = ("question", "solution", "feedback", "closing")  # the order of Table 2
 
 

@@ -541,6 +541,7 @@ def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, st
     for m, command in before["commands"].items():
         if m not in runs and m in METHODS and command == typed(m, float(command.split()[-1])):
             runs[m], commands[m], commits[m] = before["runs"][m], command, before["commits"][m]
+            stopped += [line for line in before["stopped"] if line.startswith(f"{m}, seed ")]
     if search:
         if (out / "search.json").exists():
             found = json.loads((out / "search.json").read_text())["final held-out pass@1"]
@@ -566,7 +567,7 @@ def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, st
 def read_results(path: Path, grid: Grid) -> dict:
     """The earlier runs.json at `path`, with a commit for each method. Empty if there is none, or if
     its seeds are others."""
-    empty = {"commands": {}, "commits": {}, "runs": {}}
+    empty = {"commands": {}, "commits": {}, "runs": {}, "stopped": []}
     if not path.exists():
         return empty
     before = json.loads(path.read_text())

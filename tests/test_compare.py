@@ -90,10 +90,11 @@ def test_methods_that_were_not_asked_for_keep_their_results(monkeypatch, tmp_pat
     said = []
 
     def write(method, pass_at_1, grid=grid):
-        compare.write({method: [result(pass_at_1)]}, {method: 1e-4}, {}, [], grid, args)
+        compare.write({method: [result(pass_at_1)]}, {method: 1e-4}, {}, [f"{method}, seed 0, stopped: why"], grid, args)
         found = json.loads((tmp_path / "results" / "compare" / "qwen" / "runs.json").read_text())
         said.append((tmp_path / "results" / "compare" / "qwen" / "table.md").read_text())
         assert set(found["commands"]) == set(found["commits"]) == set(found["runs"])
+        assert {line.partition(",")[0] for line in found["stopped"]} == set(found["runs"])
         return {m: results[0]["pass@1"] for m, results in found["runs"].items()}
 
     assert write("GRPO (0.5B)", 0.8) == {"GRPO (0.5B)": 0.8}

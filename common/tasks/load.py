@@ -37,7 +37,6 @@ from common.tasks.records import BadRecord, Records, read_hub, read_records
 from common.tasks.sets import BOTH, SETS, read_set
 
 FILES = ("jsonl", "json", "parquet", "hf")  # sources whose records may be of any kind
-INSTRUCTED = {"math", "gym"}  # kinds whose questions get an instruction
 
 
 @dataclass(frozen=True)
@@ -126,11 +125,7 @@ def load_task(spec: str, *, heldout: int, against: str = "", **options) -> Task:
         parts.append(part)
         notes += part.notes
         summary += summarise(name, part)
-    check_options(spec, [name for _, name in mixed], how)
-    if how.instruction:
-        kinds = {p.kind for part in parts for half in part[:2] for p in at_hand(half)}
-        require(kinds & INSTRUCTED, f"--task {spec}: --instruction is for maths and reasoning-gym, "
-                "and no problem here is of these; leave it out")
+    check_options(spec, parts, [name for _, name in mixed], how)
 
     tests = joined([part.heldout for part in parts])
     evaluation = {"the held-out problems": at_hand(tests)}
@@ -153,19 +148,23 @@ def load_task(spec: str, *, heldout: int, against: str = "", **options) -> Task:
     return Task(picked(kept, blend(weights, places)), tests, tuple(notes), tuple(summary))
 
 
-def check_options(spec: str, names: list[str], how: Options) -> None:
+def check_options(spec: str, parts: list[Part], names: list[str], how: Options) -> None:
     """End the run if an option is given that no part of the task reads."""
     read = set()
-    for name in names:
+    for name, part in zip(names, parts):
         source = name.partition(":")[0]
         if source == "gym":
-            read.add("gym_reward")
-        elif source in FILES:
+            read |= {"gym_reward", "instruction"}
+            continue
+        if source in FILES:
             read |= {"fields", "kind", "bad_records"}
         elif source != "chain":  # a named set
             read |= {"fields", "bad_records"}
-    for option in ("fields", "kind", "bad_records", "gym_reward"):
-        given = getattr(how, option) != Options._field_defaults[option]
+        if any(problem.kind == "math" for problem in [*part.train, *part.heldout]):
+            read.add("instruction")
+    for option in ("fields", "kind", "instruction", "bad_records", "gym_reward"):
+        value = getattr(how, option)
+        given = value and value != Options._field_defaults[option]
         require(option in read or not given,
                 f"--task {spec}: --{option} changes nothing here; leave it out")
 
