@@ -88,6 +88,7 @@ class Args:
     fields: str = ""  # the data's field names if they differ
     thinking: bool = False  # switch on the chat template's thinking mode
     sampler: Literal["hf", "vllm"] = "hf"  # engine
+    sampler_rows: int = 32  # responses decoded at once
     read: int = 256  # student responses to read for the divergence, at most; 0: none
     token_budget: int = 8192  # padded tokens per forward pass
     chunk: int = 16  # questions between two writes to disk
@@ -143,8 +144,8 @@ def method_settings(args: Args, method: ModuleType, flags: dict):
     same = {name: getattr(args, name) for name in names}
     setup = Setup(
         heldout=1, data_dir=args.data_dir, fields=args.fields, instruction=args.instruction,
-        sampler=args.sampler, token_budget=args.token_budget, seed=args.seed, checkpointing=False,
-        allow_unsafe_exec=args.allow_unsafe_exec,
+        sampler=args.sampler, sampler_rows=args.sampler_rows, token_budget=args.token_budget,
+        seed=args.seed, checkpointing=False, allow_unsafe_exec=args.allow_unsafe_exec,
     )
     if hasattr(method.Args, "group_size"):
         same["group_size"] = args.group_size
@@ -420,7 +421,8 @@ def open_folder(args: Args, wordings: dict) -> Path:
     note = folder / "settings.json"
     fixed = {**asdict(args), "wordings": wordings}
     fixed["model"], fixed["data_dir"] = hide_paths([args.model, args.data_dir])
-    del fixed["chunk"], fixed["token_budget"], fixed["name"]
+    for free in ("chunk", "token_budget", "sampler_rows", "name"):
+        del fixed[free]
     fixed = json.loads(json.dumps(fixed))
     if note.exists():
         same = json.loads(note.read_text()) == fixed
