@@ -473,7 +473,7 @@ class VLLMSampler:
 
     def refusal(self, act: str, error: Exception) -> str:
         reason = str(error).split("Value error, ")[-1]
-        reason = " ".join(reason.split())[:240]
+        reason = " ".join(reason.split())[:240].replace("gpu_memory_utilization", "--vllm_memory")
         return f"error: --sampler vllm: vLLM cannot {act} {self.path} ({reason}); take --sampler hf"
 
 

@@ -19,7 +19,7 @@ import grpo
 from common import checkpoints, policy
 from common.rollouts import Rollouts
 from common.run import last_words, out_of_memory, remedies
-from common.sampler import HFSampler
+from common.sampler import HFSampler, VLLMSampler
 from common.settings import Setup
 
 TINY = ["--demo", "--model", CHAIN, "--batch_size", "2", "--group_size", "4", "--heldout", "2", "--max_tokens", "16",
@@ -97,6 +97,14 @@ def test_what_counts_as_memory_that_ran_out(error, found):
 def test_any_other_error_is_told_as_usual(capsys):
     last_words(None, ValueError, ValueError("another"), None)
     assert capsys.readouterr().err == "ValueError: another\n"
+
+
+def test_vllm_without_room_for_its_cache_names_the_flag_of_the_files():
+    """Met on a GPU that other processes were filling: vLLM speaks of its own parameter."""
+    engine = object.__new__(VLLMSampler)
+    engine.path = "MODEL"
+    said = engine.refusal("start with", ValueError("not enough GPU memory. Try increasing `gpu_memory_utilization`."))
+    assert "Try increasing `--vllm_memory`" in said and "gpu_memory_utilization" not in said
 
 
 GATHERS = {"hsd": [], "sdpo": [], "sdzero": ["--phase", "sd", "--sd_questions", "4", "--srt_questions", "4"]}
