@@ -9,9 +9,11 @@ batched or split over ranks, and a resumed run needs no generator state.
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -472,8 +474,8 @@ class VLLMSampler:
         return groups
 
     def refusal(self, act: str, error: Exception) -> str:
-        reason = str(error).split("Value error, ")[-1]
-        reason = " ".join(reason.split())[:240].replace("gpu_memory_utilization", "--vllm_memory")
+        told = re.sub("(?i)gpu.memory.utilization", "--vllm_memory", str(error))
+        reason = shorten(told.split("Value error, ")[-1], 240)
         return f"error: --sampler vllm: vLLM cannot {act} {self.path} ({reason}); take --sampler hf"
 
 

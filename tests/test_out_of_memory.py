@@ -99,12 +99,14 @@ def test_any_other_error_is_told_as_usual(capsys):
     assert capsys.readouterr().err == "ValueError: another\n"
 
 
-def test_vllm_without_room_for_its_cache_names_the_flag_of_the_files():
+@pytest.mark.parametrize("told", ["Try increasing `gpu_memory_utilization`.", "less than desired GPU memory utilization"])
+def test_vllm_without_room_names_the_flag_of_the_files(told):
     """Met on a GPU that other processes were filling: vLLM speaks of its own parameter."""
     engine = object.__new__(VLLMSampler)
     engine.path = "MODEL"
-    said = engine.refusal("start with", ValueError("not enough GPU memory. Try increasing `gpu_memory_utilization`."))
-    assert "Try increasing `--vllm_memory`" in said and "gpu_memory_utilization" not in said
+    said = engine.refusal("start with", ValueError(f"Value error, not enough\nGPU memory. {told} {'more ' * 99}"))
+    assert "(not enough GPU memory." in said and "--vllm_memory" in said and "utilization" not in said
+    assert said.endswith("); take --sampler hf") and len(said) < 330
 
 
 GATHERS = {"hsd": [], "sdpo": [], "sdzero": ["--phase", "sd", "--sd_questions", "4", "--srt_questions", "4"]}
