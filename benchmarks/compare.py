@@ -4,7 +4,6 @@
     python benchmarks/compare.py sdpo --jobs 2   # a paper's claims; also hsd, grpo, sdzero, breaks
     python benchmarks/compare.py smollm2 --model PATH_OF_SMOLLM2_135M_INSTRUCT
     python benchmarks/compare.py qwen --model PATH_OF_QWEN2_5_CODER_0_5B_INSTRUCT
-    python benchmarks/compare.py qwen-tuned --model THE_SAME  # two rates, two seeds: for a GPU
 
 A grid (GRIDS below) declares methods, tuning and seeds. If it has several learning rates, each
 method gets the same small tuning first: every rate on seeds that are not reported. The rate with
@@ -263,13 +262,9 @@ GRIDS = {
         {"SmolLM2-135M-Instruct: the larger of two numbers": named("135M")},
         (0, 1), (3e-4, 1e-3), (100,), runs="smollm2",
     ),
-    "qwen": Grid(  # one rate, one seed: a run takes an hour on a core
+    "qwen": Grid(  # one seed: a run takes an hour on a core
         {"Qwen2.5-Coder-0.5B-Instruct: two digits times one": named("0.5B")},
-        (0,), (1e-4,), runs="qwen",
-    ),
-    "qwen-tuned": Grid(
-        {"Qwen2.5-Coder-0.5B-Instruct: two digits times one": named("0.5B")},
-        (0, 1), (1e-4, 3e-4), (100,), runs="qwen-tuned",
+        (0,), (1e-4, 3e-4), (100,), runs="qwen",
     ),
 }
 

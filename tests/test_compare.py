@@ -10,7 +10,7 @@ import pytest
 from benchmarks import compare, lead, printed
 from common.settings import parse
 
-REAL = {"smollm2": 384, "qwen": 512, "qwen-tuned": 512}  # grid → rollouts
+REAL = {"smollm2": 384, "qwen": 512}  # grid → rollouts
 
 
 def names(*grids: str) -> list[str]:
