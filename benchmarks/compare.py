@@ -11,8 +11,9 @@ the best final held-out pass@1 wins. Then the reported seeds run.
 
 Every run is a plain command of a method file. A run that is already under --out is not repeated, so
 the same command resumes an interrupted comparison, and grids share their runs. Writes into
-results/compare/NAME/: search.json, runs.json, table.md, rollouts.png, tokens.png. Methods that
---only leaves out keep the results that are there, if their commands are still the same.
+results/compare/NAME/: search.json and search.png (the tuning), runs.json, table.md, rollouts.png,
+tokens.png. Methods that --only leaves out keep the results that are there, if their commands are
+still the same.
 """
 from __future__ import annotations
 
@@ -236,7 +237,8 @@ DASHES = (  # of the curves of a panel
     (0, (9, 3)), "-",
 )
 WATCHED = (  # kept in runs.json, step by step
-    "frac_truncated", "teacher/accuracy", "teacher/frac_truncated", "revise/pass@1", "clip_frac",
+    "reward/mean", "frac_truncated", "teacher/accuracy", "teacher/frac_truncated", "revise/pass@1",
+    "clip_frac",
 )
 
 
@@ -294,7 +296,7 @@ def main(args: Args) -> None:
     grid = GRIDS[args.grid]
     names = dict.fromkeys(name for members in grid.panels.values() for name in members)
     chosen = [m for m in names if not args.only or m in args.only.split(";")]
-    rates, search = tuned(chosen, grid, args)
+    rates, search = tuned(chosen, grid, args)  # search: method → rate → runs
     run_all([Job(m, rates[m], seed) for seed in grid.seeds for m in chosen], grid.samples, args)
 
     runs: dict[str, list[dict]] = {m: [] for m in chosen}
@@ -311,17 +313,22 @@ def main(args: Args) -> None:
 
 def tuned(methods: list[str], grid: Grid, args: Args) -> tuple[dict[str, float], dict]:
     """Each method's rate with the best final pass@1, the mean over the tuning seeds; and all of
-    these means. With one rate there is nothing to run."""
+    these runs. With one rate there is nothing to run."""
     if len(grid.rates) == 1:
         return {m: METHODS[m].fixed or grid.rates[0] for m in methods}, {}
     jobs = {(m, rate): [Job(m, rate, seed) for seed in grid.tuning_seeds]
             for m in methods for rate in grid.rates}
     run_all([job for some in jobs.values() for job in some], 0, args)
-    search: dict[str, dict[str, float]] = {m: {} for m in methods}
+    search: dict[str, dict[str, list[dict]]] = {m: {} for m in methods}
     for (m, rate), some in jobs.items():
-        final = [progress(folder_of(job, args))["pass"][-1] for job in some]
-        search[m][f"{rate:g}"] = float(np.mean(final))
-    return {m: float(max(found, key=found.get)) for m, found in search.items()}, search
+        search[m][f"{rate:g}"] = [curves_of(folder_of(job, args)) for job in some]
+    best = {m: max(found, key=lambda rate: final(found[rate])) for m, found in search.items()}
+    return {m: float(rate) for m, rate in best.items()}, search
+
+
+def final(runs: list[dict]) -> float:
+    """Held-out pass@1 at the last evaluation, the mean over runs."""
+    return float(np.mean([run["pass"][-1] for run in runs]))
 
 
 def folder_of(job: Job, args: Args) -> Path:
@@ -383,6 +390,7 @@ def execute(command: list[str], folder: Path, threads: int) -> None:
             "--resume", "auto", "--save_every", "1000000"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    (folder / "ran.json").write_text(json.dumps(here()))
     said = [row for row in done.stderr.splitlines() if row.startswith("error: ")]
     if done.returncode and said:
         (folder / "error.txt").write_text(said[-1])
@@ -395,18 +403,24 @@ def execute(command: list[str], folder: Path, threads: int) -> None:
 # --------------------------------------------------------------------------------------------------
 def result_of(folder: Path, samples: int) -> dict:
     """What runs.json keeps of a finished run."""
+    found = curves_of(folder) | pass_at(folder, samples)
+    if (folder / "self_localisation.json").exists():
+        found["self_localisation"] = localised(folder)
+    return found
+
+
+def curves_of(folder: Path) -> dict:
+    """What a finished run logged, and the commit and machine that it ran on."""
     rows = rows_of(folder)
     last = next(row for row in reversed(rows) if "entropy" in row or "srt/loss" in row)
-    found = {
-        "lead": lead_of(rows), **progress(folder), **pass_at(folder, samples),
+    found = json.loads((folder / "ran.json").read_text()) | {
+        "lead": lead_of(rows), **progress(folder),
         "entropy": last.get("entropy"), "peak_gib": max(row["peak_gib"] for row in rows),
     }
     for name in WATCHED:
         values = [row[name] for row in rows if name in row]
         if values:
             found[name] = values
-    if (folder / "self_localisation.json").exists():
-        found["self_localisation"] = localised(folder)
     return found
 
 
@@ -518,37 +532,39 @@ def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, st
     def hide(text: str) -> str:  # the reader's paths are others
         return text.replace(args.model or "\0", "MODEL").replace(args.out, "RUNS")
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                            text=True).stdout.strip()
-    about = {
-        "command": hide("python benchmarks/compare.py " + shlex.join(sys.argv[1:])),
-        "commit": commit, "hardware": f"{hardware()}, {args.jobs} run(s) at a time",
-    }
+    about = {"command": hide("python benchmarks/compare.py " + shlex.join(sys.argv[1:])), **here()}
 
     def typed(m: str, rate: float) -> str:
         words = command_of(Job(m, rate, 0), args)
         return hide(shlex.join(words[:-2]))  # without the seed
 
     commands = {m: typed(m, rates[m]) for m in runs}
-    commits = dict.fromkeys(runs, commit)
+    ran = {m: origin(results, about) for m, results in runs.items()}
     chosen = list(runs)
     before = read_results(out / "runs.json", grid)
     for m, command in before["commands"].items():
         if m not in runs and m in METHODS and command == typed(m, float(command.split()[-1])):
-            runs[m], commands[m], commits[m] = before["runs"][m], command, before["commits"][m]
+            runs[m], commands[m], ran[m] = before["runs"][m], command, before["ran"][m]
             stopped += [line for line in before["stopped"] if line.startswith(f"{m}, seed ")]
     if search:
+        scores = {m: {rate: final(some) for rate, some in found.items()}
+                  for m, found in search.items()}
         if (out / "search.json").exists():
-            found = json.loads((out / "search.json").read_text())["final held-out pass@1"]
-            search = {m: found[m] for m in runs if m in found} | search
-        found = {**about, "seeds": grid.tuning_seeds, "final held-out pass@1": search}
-        (out / "search.json").write_text(json.dumps(found, indent=1))
+            found = json.loads((out / "search.json").read_text())
+            kept = found["final held-out pass@1"]
+            scores = {m: kept[m] for m in runs if m in kept} | scores
+            kept = found.get("runs", {})
+            search = {m: kept[m] for m in runs if m in kept} | search
+        found = {**about, "seeds": grid.tuning_seeds, "final held-out pass@1": scores,
+                 "runs": search}
+        (out / "search.json").write_text(json.dumps(found))
+        draw_search(search, out / "search.png")
     result = {
-        **about, "seeds": grid.seeds, "commands": commands, "commits": commits, "runs": runs,
+        **about, "seeds": grid.seeds, "commands": commands, "ran": ran, "runs": runs,
         "stopped": stopped,
     }
     (out / "runs.json").write_text(json.dumps(result))
-    text = table(about, runs, commands, commits, grid, stopped)
+    text = table(about, runs, commands, ran, grid, stopped)
     (out / "table.md").write_text(text)
     for axis in ("rollouts", "tokens"):
         draw(grid.panels, runs, commands, axis, out / f"{axis}.png")
@@ -560,23 +576,31 @@ def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, st
 
 
 def read_results(path: Path, grid: Grid) -> dict:
-    """The earlier runs.json at `path`, with a commit for each method. Empty if there is none, or if
-    its seeds are others."""
-    empty = {"commands": {}, "commits": {}, "runs": {}, "stopped": []}
+    """The earlier runs.json at `path`. Empty if there is none, or if its seeds are others."""
+    empty = {"commands": {}, "ran": {}, "runs": {}, "stopped": []}
     if not path.exists():
         return empty
     before = json.loads(path.read_text())
     if tuple(before["seeds"]) != grid.seeds:
         return empty
-    before.setdefault("commits", dict.fromkeys(before["runs"], before["commit"]))
+    before.setdefault("ran", {m: origin([], before) for m in before["runs"]})
     return before
 
 
-def hardware() -> str:
-    cores = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+def here() -> dict[str, str]:
+    """This commit and this machine."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                            text=True)
+    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     if DEVICE.type == "cuda":
-        return f"{torch.cuda.get_device_name()}, {cores}"
-    return cores
+        hardware = f"{torch.cuda.get_device_name()}, {hardware}"
+    return {"commit": commit.stdout.strip(), "hardware": hardware}
+
+
+def origin(results: list[dict], about: dict) -> str:
+    """Where a method's runs come from, in words; of none, here."""
+    places = [f"commit {run['commit']}, {run['hardware']}" for run in results or [about]]
+    return "; ".join(dict.fromkeys(places))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -586,7 +610,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def table(about: dict, runs: dict[str, list[dict]], commands: dict[str, str],
-          commits: dict[str, str], grid: Grid, stopped: list[str]) -> str:
+          ran: dict[str, str], grid: Grid, stopped: list[str]) -> str:
     spread = f"Means over {len(grid.seeds)} seeds, ± half the 95 % interval"
     if len(grid.seeds) <= 2:
         spread = ("One seed", "Each of the two seeds")[len(grid.seeds) - 1]
@@ -609,8 +633,7 @@ def table(about: dict, runs: dict[str, list[dict]], commands: dict[str, str],
         lines += ["", row]
     lines += ["", "Commands:", ""]
     for m, command in commands.items():
-        kept = f" (commit {commits[m]})" if commits[m] != about["commit"] else ""
-        lines.append(f"- {m}{kept}: `python {command}`")
+        lines.append(f"- {m} ({ran[m]}): `python {command}`")
     return "\n".join(lines) + "\n"
 
 
@@ -706,6 +729,19 @@ def draw(panels: dict[str, tuple[str, ...]], runs: dict[str, list[dict]], comman
     figure.suptitle("\n".join(dict.fromkeys(notes)), fontsize=9)
     figure.savefig(path, dpi=160)
     plt.close(figure)
+
+
+def draw_search(search: dict[str, dict[str, list[dict]]], path: Path) -> None:
+    """The tuning's curves: one panel per rate, one line per method."""
+    panels: dict[str, list[str]] = {}
+    runs = {}
+    for m, found in search.items():
+        for rate, some in found.items():
+            name = f"{m}, {rate}"
+            panels.setdefault(f"learning rate {rate}", []).append(name)
+            runs[name] = some
+    draw(panels, runs, {name: METHODS[name.rpartition(", ")[0]].typed for name in runs},
+         "rollouts", path)
 
 
 def draw_method(panel, i: int, method: str, results: list[dict], command: str, axis: str,

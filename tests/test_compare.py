@@ -80,27 +80,31 @@ def test_the_report_of_self_revision_is_made_of_runs_whose_teacher_it_can_read(m
 
 def result(pass_at_1: float) -> dict:
     return {"seed": 0, "rollouts": [0, 512.0], "tokens": [0, 9.0], "seconds": [0, 9.0], "pass": [0.1, pass_at_1],
-            "pass@1": pass_at_1, "pass@8": 1.0, "length": 9.0, "entropy": 0.1, "peak_gib": 1.0}
+            "pass@1": pass_at_1, "pass@8": 1.0, "length": 9.0, "entropy": 0.1, "peak_gib": 1.0, "commit": f"of {pass_at_1}", "hardware": "a laptop"}
 
 
 def test_methods_that_were_not_asked_for_keep_their_results(monkeypatch, tmp_path):
-    """Unless their command or the seeds have changed since."""
+    """Unless their command or the seeds have changed since. The table names the commit and machine of each method."""
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     args, grid = compare.Args("qwen", model="M"), compare.GRIDS["qwen"]
     said = []
 
     def write(method, pass_at_1, grid=grid):
-        compare.write({method: [result(pass_at_1)]}, {method: 1e-4}, {}, [f"{method}, seed 0, stopped: why"], grid, args)
+        search = {method: {"0.0001": [result(pass_at_1)]}}
+        compare.write({method: [result(pass_at_1)]}, {method: 1e-4}, search, [f"{method}, seed 0, stopped: why"], grid, args)
+        tuning = json.loads((tmp_path / "results" / "compare" / "qwen" / "search.json").read_text())
         found = json.loads((tmp_path / "results" / "compare" / "qwen" / "runs.json").read_text())
         said.append((tmp_path / "results" / "compare" / "qwen" / "table.md").read_text())
-        assert set(found["commands"]) == set(found["commits"]) == set(found["runs"])
+        assert set(found["commands"]) == set(found["ran"]) == set(found["runs"])
         assert {line.partition(",")[0] for line in found["stopped"]} == set(found["runs"])
+        assert set(tuning["final held-out pass@1"]) == set(tuning["runs"]) == set(found["runs"])
         return {m: results[0]["pass@1"] for m, results in found["runs"].items()}
 
     assert write("GRPO (0.5B)", 0.8) == {"GRPO (0.5B)": 0.8}
     assert write("HSD (0.5B)", 0.4) == {"HSD (0.5B)": 0.4, "GRPO (0.5B)": 0.8}
     assert write("GRPO (0.5B)", 0.7) == {"HSD (0.5B)": 0.4, "GRPO (0.5B)": 0.7}
     assert "| GRPO (0.5B) | 0.0001 | 0.700 |" in said[-1] and "| HSD (0.5B) | 0.0001 | 0.400 |" in said[-1]
+    assert "- HSD (0.5B) (commit of 0.4, a laptop): " in said[-1]
     monkeypatch.setitem(compare.METHODS, "HSD (0.5B)", compare.Method("hsd.py --steps 9"))
     assert write("RLSD (0.5B)", 0.6) == {"RLSD (0.5B)": 0.6, "GRPO (0.5B)": 0.7}
     assert write("RLSD (0.5B)", 0.6, replace(grid, seeds=(1,))) == {"RLSD (0.5B)": 0.6}
