@@ -441,7 +441,7 @@ def progress(folder: Path) -> dict[str, list[float]]:
             for key, value in spent.items():
                 found[key].append(value if i > 0 else 0)  # the start costs nothing
             found["pass"].append(row["heldout/pass@1"])
-        if "grad_norm" in row:
+        if "lr" in row:  # a step, also one whose update was skipped
             group = args["batch_size"] * args.get("group_size", 1) if "reward/mean" in row else 0
             new = row.get("budget/generations", group)
             spent["rollouts"] += new

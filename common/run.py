@@ -106,6 +106,8 @@ class Run:
             )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
+            # its backward has NaNs at some lengths (pytorch/pytorch#196678)
+            torch.backends.cuda.enable_cudnn_sdp(False)
         transformers.logging.disable_progress_bar()
         self.check_division()
         self.open_folder()
@@ -214,8 +216,8 @@ class Run:
 
     def seed(self, step: int) -> None:
         """Seed python, numpy and torch from (seed, step, rank): a resume needs no state."""
-        place = (self.setup.seed, step, self.rank)
-        transformers.set_seed(zlib.crc32(repr(place).encode()))
+        place = f"({self.setup.seed}, {step}, {self.rank})"
+        transformers.set_seed(zlib.crc32(place.encode()))
 
     def any_rank(self, value: bool) -> bool:
         flag = torch.tensor(float(value))
@@ -293,8 +295,8 @@ class Run:
 
     def print_progress(self, row: dict) -> None:
         scores = [r["heldout/pass@1"] for r in self.history if "heldout/pass@1" in r]
-        shown = {"reward": row.get("reward/mean"), "tokens": row.get("length/mean")}
-        shown["entropy"] = row.get("entropy")
+        shown = {"reward": row.get("reward/mean"), "tokens": row.get("length/mean"),
+                 "entropy": row.get("entropy")}
         if scores:
             shown["heldout"] = scores[-1]
         text = "  ".join(f"{k} {v:.3g}" for k, v in shown.items() if v is not None)

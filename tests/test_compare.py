@@ -55,10 +55,11 @@ def test_the_first_evaluation_at_a_level_counts():
 
 
 def test_progress_counts_rollouts_tokens_and_seconds_up_to_each_evaluation(tmp_path):
-    """An evaluation comes before the step whose row it is in; evaluation time does not count."""
-    rows = [{"heldout/pass@1": 0.1, "grad_norm": 1, "reward/mean": 0, "length/mean": 10, "time/update": 2, "time/eval": 9},
-            {"grad_norm": 1, "reward/mean": 0, "length/mean": 20, "time/update": 3},
-            {"heldout/pass@1": 0.5, "grad_norm": 1, "reward/mean": 0, "length/mean": 20, "time/sample": 1},
+    """An evaluation comes before the step whose row it is in; evaluation time does not count. A step without an update (no
+    grad_norm) has cost its rollouts too."""
+    rows = [{"heldout/pass@1": 0.1, "lr": 1, "reward/mean": 0, "length/mean": 10, "time/update": 2, "time/eval": 9},
+            {"lr": 1, "reward/mean": 0, "length/mean": 20, "time/update": 3},
+            {"heldout/pass@1": 0.5, "lr": 1, "reward/mean": 0, "length/mean": 20, "time/sample": 1},
             {"heldout/pass@1": 0.6}]
     (tmp_path / "args.json").write_text(json.dumps({"batch_size": 2, "group_size": 4}))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

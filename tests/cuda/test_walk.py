@@ -50,6 +50,7 @@ def test_every_main_walks_on_a_pretended_gpu(world):
     for walk in walked(world, WALKS[world]):
         assert not walk["failed"], f"{walk['line']}\n{walk['failed']}"
         assert walk["launches"]["statistics_kernel"] and walk["launches"]["gradient_kernel"]
+        assert not walk["cudnn"], "attention's backward in cuDNN has NaNs (pytorch/pytorch#196678)"
         slow = [place for place in walk["waits"] if place.startswith("kernels/")]
         assert not slow, f"the head waits for the GPU: {slow}"
 

@@ -211,7 +211,8 @@ def walk(line: str, world: int, out: str) -> dict:
             if dist.is_initialized():
                 dist.destroy_process_group()
     seconds = round(time.process_time() - began, 1)
-    return {"line": line, "launches": launches, "waits": pretended.waits, "seconds": seconds, "failed": failed}
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    return {"line": line, "launches": launches, "waits": pretended.waits, "seconds": seconds, "failed": failed, "cudnn": cudnn}
 
 
 def main(world: int, lines: list[str]) -> None:
