@@ -378,7 +378,7 @@ class VLLMSampler:
                 max_model_len=-1,  # as much of the model's context as the KV cache has room for
                 enforce_eager=not self.cuda, disable_log_stats=False,
             )
-        except (NotImplementedError, ValueError) as error:
+        except (AssertionError, NotImplementedError, ValueError) as error:
             raise SystemExit(self.refusal("start with", error)) from None
         lm = empty_lm(path)
         self.names = None  # knows the names of a checkpoint's weights, if they differ from lm's

@@ -109,6 +109,17 @@ def test_vllm_without_room_names_the_flag_of_the_files(told):
     assert said.endswith("); take --sampler hf") and len(said) < 330
 
 
+@pytest.mark.parametrize("kind", [AssertionError, NotImplementedError, ValueError])
+def test_a_vllm_that_cannot_start_ends_the_run_with_one_line(kind, monkeypatch):
+    """Its memory profile asserts that no other process of the card gives memory back meanwhile."""
+    def start(**_):
+        raise kind("Error in memory profiling.")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    with pytest.raises(SystemExit, match="vLLM cannot start with MODEL .Error in memory profiling...; take --sampler hf"):
+        VLLMSampler("MODEL", None, torch.device("cuda"))
+
+
 GATHERS = {"hsd": [], "sdpo": [], "sdzero": ["--phase", "sd", "--sd_questions", "4", "--srt_questions", "4"]}
 
 
