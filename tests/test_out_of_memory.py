@@ -116,8 +116,9 @@ def test_a_vllm_that_cannot_start_ends_the_run_with_one_line(kind, monkeypatch):
         raise kind("Error in memory profiling.")
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
-    with pytest.raises(SystemExit, match="vLLM cannot start with MODEL .Error in memory profiling...; take --sampler hf"):
+    with pytest.raises(SystemExit) as ended:
         VLLMSampler("MODEL", None, torch.device("cuda"))
+    assert str(ended.value).endswith("cannot start with MODEL (Error in memory profiling.); take --sampler hf")
 
 
 GATHERS = {"hsd": [], "sdpo": [], "sdzero": ["--phase", "sd", "--sd_questions", "4", "--srt_questions", "4"]}
