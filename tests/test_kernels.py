@@ -524,6 +524,28 @@ def test_chunks_tiles_and_threads_change_nothing(monkeypatch, name):
             close(value, r, 1e-13)
 
 
+@pytest.fixture
+def empty_is_nan():
+    """torch.empty gives NaNs, the worst that memory can hold."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("empty_is_nan")
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("name", ["reverse", "jsd", "student's top-5 and tail (SDPO)"])
+def test_what_was_in_memory_before_reaches_no_result(monkeypatch, name, grouped):
+    """grouped: the way of CUDA, whose dz has a buffer of its own."""
+    assert torch.empty(9).isnan().all()
+    c = case(10, 40, dtype=torch.bfloat16 if grouped else torch.float32)
+    if grouped:
+        monkeypatch.setattr(head_module, "dz_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", {"cpu": 3 * 4 * 40})
+    for loss, stats, grads in both_modes(c, DIVERGENCES[name]):
+        assert all(x.isfinite().all() for x in (loss, *stats, *grads))
+
+
 @reference_only
 def test_bf16_gradients_in_groups_of_chunks(monkeypatch):
     """The way of CUDA, with the bf16 products done in fp32: dz is rounded once, sums over chunks are not."""
