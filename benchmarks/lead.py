@@ -97,10 +97,11 @@ def draw(found: list[dict], path: Path) -> None:
         y = [p["gain"] for p in mine]
         bars = [[p["gain"] - p["least"] for p in mine], [p["most"] - p["gain"] for p in mine]]
         axis.errorbar(x, y, bars, fmt="^osD"[i], color=f"C{i}", capsize=2, label=title)
+        left = grid == "qwen"  # its names: they would run into SmolLM2's points
         for place, names in labels(mine):
             axis.annotate(
-                "\n".join(names), place, xytext=(5, 0), textcoords="offset points", fontsize=7,
-                va="center",
+                "\n".join(names), place, xytext=(-6 if left else 5, 0), textcoords="offset points",
+                fontsize=7, va="center", ha="right" if left else "left",
             )
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.axvline(0, color="gray", linewidth=0.8)
