@@ -390,12 +390,13 @@ def execute(command: list[str], folder: Path, threads: int) -> None:
             "--resume", "auto", "--save_every", "1000000"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
-    (folder / "ran.json").write_text(json.dumps(here()))
     said = [row for row in done.stderr.splitlines() if row.startswith("error: ")]
     if done.returncode and said:
         (folder / "error.txt").write_text(said[-1])
     elif done.returncode:
         raise RuntimeError(f"{' '.join(line)}\n{done.stderr[-2000:]}")
+    else:
+        (folder / "ran.json").write_text(json.dumps(here()))
 
 
 # --------------------------------------------------------------------------------------------------

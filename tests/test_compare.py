@@ -81,7 +81,8 @@ def test_the_report_of_self_revision_is_made_of_runs_whose_teacher_it_can_read(m
 
 def result(pass_at_1: float) -> dict:
     return {"seed": 0, "rollouts": [0, 512.0], "tokens": [0, 9.0], "seconds": [0, 9.0], "pass": [0.1, pass_at_1],
-            "pass@1": pass_at_1, "pass@8": 1.0, "length": 9.0, "entropy": 0.1, "peak_gib": 1.0, "commit": f"of {pass_at_1}", "hardware": "a laptop"}
+            "pass@1": pass_at_1, "pass@8": 1.0, "length": 9.0, "entropy": 0.1, "peak_gib": 1.0,
+            "commit": f"of {pass_at_1}", "hardware": "a laptop"}
 
 
 def test_methods_that_were_not_asked_for_keep_their_results(monkeypatch, tmp_path):
