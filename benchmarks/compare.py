@@ -385,6 +385,9 @@ def execute(command: list[str], folder: Path, threads: int) -> None:
     itself refuses or stops the run with a line that begins with "error: ", that line is written to
     error.txt: it is a result."""
     if (folder / "curves.png").exists() or (folder / "error.txt").exists():
+        if not any((folder / name).exists() for name in ("ran.json", "error.txt")):
+            raise SystemExit(f"error: {folder} does not say which commit ran it (no ran.json); "
+                             "remove it to run it again")
         return
     line = [sys.executable, *command, "--out", str(folder.parent), "--name", folder.name,
             "--resume", "auto", "--save_every", "1000000"]

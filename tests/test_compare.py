@@ -112,6 +112,14 @@ def test_methods_that_were_not_asked_for_keep_their_results(monkeypatch, tmp_pat
     assert write("RLSD (0.5B)", 0.6, replace(grid, seeds=(1,))) == {"RLSD (0.5B)": 0.6}
 
 
+def test_a_finished_run_that_does_not_say_which_commit_ran_it_is_refused(tmp_path):
+    (tmp_path / "curves.png").touch()
+    with pytest.raises(SystemExit, match=r"no ran\.json"):
+        compare.execute(["grpo.py"], tmp_path, 1)
+    (tmp_path / "ran.json").touch()
+    compare.execute(["grpo.py"], tmp_path, 1)  # finished: not run again
+
+
 def test_a_figure_has_the_evaluations_and_nothing_between_them():
     """Of those at the same number of rollouts the last; a seed that has none at 80 lies on its line there."""
     runs = [{"rollouts": [0, 64, 64, 96], "tokens": [0, 500, 500, 700], "pass": [0.2, 0.3, 0.4, 0.8]},

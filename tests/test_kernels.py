@@ -766,6 +766,8 @@ def test_mistakes_are_named():
     rejects("unknown", *c[:5], divergence=Divergence("kl"))
     rejects("beta", *c[:5], divergence=Divergence("jsd", beta=2.0))
     rejects("clip", *c[:5], divergence=Divergence("reverse_kl", clip=0.1))
+    rejects("clip", *c[:5], divergence=Divergence("forward_kl", clip=0.0))
+    rejects("top_k", *c[:5], divergence=Divergence(top_k=-1))
     rejects("support", *c[:5], divergence=Divergence(top_k=3, support="both"))
     with pytest.raises(ValueError, match="no teacher"):
         head_loss(lambda token, _: token.kl, *c[:3], None)
