@@ -559,8 +559,10 @@ def write(runs: dict[str, list[dict]], rates: dict[str, float], search: dict, st
             scores = {m: kept[m] for m in runs if m in kept} | scores
             kept = found.get("runs", {})
             search = {m: kept[m] for m in runs if m in kept} | search
-        found = {**about, "seeds": grid.tuning_seeds, "final held-out pass@1": scores,
-                 "runs": search}
+        found = {
+            "command": about["command"], "seeds": grid.tuning_seeds,
+            "final held-out pass@1": scores, "runs": search,  # each has its commit and machine
+        }
         (out / "search.json").write_text(json.dumps(found))
         draw_search(search, out / "search.png")
     result = {

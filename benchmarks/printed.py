@@ -25,15 +25,30 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 import tyro
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import hsd
 from benchmarks.compare import execute, rows_of
 from benchmarks.evaluate import machine
+from benchmarks.leakage import log_mean, log_probs, mean_kl
+from common.chat import as_text, chat_ids, load_tokenizer
+from common.sampler import HFSampler
+from common.tasks import load_task
+from common.tasks.chain import judge
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = (
     "heldout/pass@1", "entropy", "teacher/entropy", "kl", "kl_ref", "length/mean", "frac_truncated",
 )
+PROBED = (  # mean: the mean of the teachers over the peers; kl/left: what no student can remove
+    "student/right", "teacher/right", "student/entropy", "teacher/entropy", "mean/entropy", "kl",
+    "kl/left",
+)
+START = "assets/chain"
+QUESTIONS, GROUP = 64, 8  # of the probe: held-out questions, responses to each
 
 
 @dataclass
@@ -64,11 +79,16 @@ def main(args: Args) -> None:
     runs = []
     for teacher, beta, rate in settings:
         run = {"teacher": teacher, "beta": beta, "lr": rate}
-        runs.append(run | curves(rows_of(folder_of(teacher, beta, rate, args))))
+        folder = folder_of(teacher, beta, rate, args)
+        last = max((folder / "checkpoints").iterdir())
+        runs.append(run | curves(rows_of(folder)) | {"probe": probe(last)})
     out = ROOT / "results" / "printed"
     out.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/printed.py " + " ".join(sys.argv[1:])
-    result = {"command": command.strip(), "steps": args.steps, "runs": runs, **machine()}
+    result = {
+        "command": command.strip(), "steps": args.steps, "start": probe(START), "runs": runs,
+        **machine(),
+    }
     (out / "runs.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(table(runs))
     draw(runs, out / "figure.png")
@@ -99,6 +119,53 @@ def curves(rows: list[dict]) -> dict[str, list]:
         if found:
             out[name] = [[step, round(value, 5)] for step, value in found]
     return out
+
+
+def probe(path: str | Path) -> dict[str, float]:
+    """A model and itself as its own teacher with a peer; entropies and KLs in nats per token.
+
+    One response per held-out question is read behind each of the question's other successful peers,
+    if there are two or more; the teacher answers behind the first.
+    """
+    tokenizer = load_tokenizer(START)
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    sampler = HFSampler(str(path), tokenizer, torch.device("cpu"))
+    problems = load_task("chain", heldout=QUESTIONS).heldout
+    chats = [chat_ids(tokenizer, problem.messages) for problem in problems]
+    groups = sampler.sample(chats, GROUP, seed=(0,), keys=range(QUESTIONS), max_tokens=64)
+    found: dict[str, list] = {name: [] for name in PROBED}
+    asked, hinted = [], []
+    for problem, group in zip(problems, groups):
+        verdicts = [judge(problem, rollout.text).reward == 1 for rollout in group]
+        found["student/right"] += verdicts
+        first = group[0]
+        peers = [rollout for rollout, right in zip(group[1:], verdicts[1:]) if right]
+        if len(peers) < 2:
+            continue
+        prompts = [teacher_prompt(problem, rollout.text, tokenizer) for rollout in peers]
+        student = log_probs(lm, first.prompt_ids, first.response_ids)
+        teachers = [log_probs(lm, prompt, first.response_ids) for prompt in prompts]
+        mean = log_mean(teachers)
+        found["student/entropy"].append(entropy(student))
+        found["teacher/entropy"] += [entropy(teacher) for teacher in teachers]
+        found["mean/entropy"].append(entropy(mean))
+        found["kl"].append(mean_kl(teachers, student))
+        found["kl/left"].append(mean_kl(teachers, mean))
+        asked.append(problem)
+        hinted.append(prompts[0])
+    answers = sampler.sample(hinted, GROUP, seed=(1,), keys=range(len(hinted)), max_tokens=64)
+    for problem, group in zip(asked, answers):
+        found["teacher/right"] += [judge(problem, rollout.text).reward == 1 for rollout in group]
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
+def teacher_prompt(problem, peer: str, tokenizer) -> list[int]:
+    return chat_ids(tokenizer, hsd.teacher_chat(problem, as_text(tokenizer, peer), hsd.Args()))
+
+
+def entropy(logp: Tensor) -> float:
+    """Of log-probabilities [T, V], the mean over tokens."""
+    return -(logp.exp() * logp).sum(-1).mean().item()
 
 
 def table(runs: list[dict]) -> str:
