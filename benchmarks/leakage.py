@@ -25,6 +25,7 @@ leakage.json are kept.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
@@ -179,7 +180,7 @@ def mean_kl(teachers: list[Tensor], q: Tensor) -> float:
 
 def log_mean(teachers: list[Tensor]) -> Tensor:
     """The log of the teachers' mean probability, [T, V]."""
-    return torch.stack(teachers).logsumexp(0) - torch.tensor(float(len(teachers))).log()
+    return torch.stack(teachers).logsumexp(0) - math.log(len(teachers))
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -3,11 +3,13 @@ import importlib
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import compare, lead, printed
+from benchmarks import compare, lead, leakage, printed
 from common.settings import parse
 
 REAL = {"smollm2": 384, "qwen": 512}  # grid → rollouts
@@ -144,3 +146,28 @@ def test_a_printed_run_keeps_evaluations_as_they_are_and_means_of_ten_steps_of_t
     rows[0]["heldout/pass@1"], rows[10]["heldout/pass@1"] = 0.4, 0.6
     found = printed.curves([*rows, {"step": 20, "heldout/pass@1": 0.5}])
     assert found == {"heldout/pass@1": [[0, 0.4], [10, 0.6], [20, 0.5]], "entropy": [[9, 4.5], [19, 14.5]]}
+
+
+def test_what_no_student_can_remove_is_the_mutual_information_of_token_and_reference():
+    """RLSD, Theorem 1, in plain loops: I = H(mean) − mean H, and KL(teachers ‖ student) = I + KL(mean ‖ student)."""
+    logits = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # [K + 1, T, V]
+    *teachers, student = logits.log_softmax(-1)
+    T, V, K = 2, 5, 3
+    of_teachers, of_mean, information, entropies, entropy_of_mean = 0.0, 0.0, 0.0, 0.0, 0.0
+    for t in range(T):
+        for v in range(V):
+            p = [math.exp(teacher[t, v]) for teacher in teachers]
+            q, mean = math.exp(student[t, v]), sum(p) / K
+            of_teachers += sum(x * math.log(x / q) for x in p) / K / T
+            information += sum(x * math.log(x / mean) for x in p) / K / T
+            entropies -= sum(x * math.log(x) for x in p) / K / T
+            of_mean += mean * math.log(mean / q) / T
+            entropy_of_mean -= mean * math.log(mean) / T
+    mean = leakage.log_mean(teachers)
+    close = partial(pytest.approx, abs=1e-12)
+    assert information == close(entropy_of_mean - entropies)
+    assert of_teachers == close(information + of_mean)
+    assert leakage.mean_kl(teachers, mean) == close(information)
+    assert leakage.mean_kl(teachers, student) == close(of_teachers)
+    assert printed.entropy(mean) == close(entropy_of_mean)
+    assert sum(map(printed.entropy, teachers)) / K == close(entropies)
