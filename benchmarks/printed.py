@@ -6,8 +6,13 @@ The paper's teacher is live, its KL is forward, and every objective has Ω = β 
 0.001 (Sec. 2.2). How Ω is summed over a response is not said: 0.001 per token, or 0.001 of the
 whole sequence's KL, which is 0.036 here if a response's 36 tokens are averaged. So the scan is
 learning rate × β × teacher, each run with the same rollouts, at top-p 1 on both sides. Every run is
-a plain command of hsd.py; one that is already under --out is not repeated. Writes
-results/printed/: runs.json, table.md, figure.png.
+a plain command of hsd.py; one that is already under --out is not repeated.
+
+The last checkpoint of each run is then probed, and the start: how often are the student and its
+live teacher right, and how much of the KL between them could a student remove? It does not see the
+peer, so the best that it can learn is the mean of the teachers over the peers; what is left is the
+mutual information of token and peer (leakage.py). Writes results/printed/: runs.json, table.md,
+figure.png (pass@1 against steps) and paths.png (pass@1 against the KL).
 """
 from __future__ import annotations
 
@@ -90,6 +95,7 @@ def main(args: Args) -> None:
     (out / "runs.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(table(runs))
     draw(runs, out / "figure.png")
+    draw_paths(runs, out / "paths.png")
     print(table(runs))
 
 
@@ -167,23 +173,53 @@ def entropy(logp: Tensor) -> float:
 
 
 def table(runs: list[dict]) -> str:
-    """One line per run: pass@1 at the start, at its best and at the end; entropies; KL(π_θ‖π_0)."""
+    """One line per run. Entropies and KLs: the first and the last ten steps' mean, nats per token;
+    "of it in the peer alone" and "teacher right" are the probe of the last checkpoint."""
     lines = [
         "| teacher | β | learning rate | pass@1: start | best (step) | end | entropy: start | end "
-        "| teacher's: start | end | KL to π_0 | tokens | cut off |",
-        "|" + "---|" * 13,
+        "| teacher's: start | end | KL: start | end | of it in the peer alone | teacher right "
+        "| KL to π_0 | tokens | cut off |",
+        "|" + "---|" * 17,
     ]
     for run in runs:
-        scores = run["heldout/pass@1"]
+        scores, probed = run["heldout/pass@1"], run["probe"]
         step, best = max(scores, key=lambda pair: pair[1])
         cells = [run["teacher"], f"{run['beta']:g}", f"{run['lr']:g}", f"{scores[0][1]:.2f}"]
         cells += [f"{best:.2f} ({step})", f"{scores[-1][1]:.2f}"]
-        for name in ("entropy", "teacher/entropy"):
+        for name in ("entropy", "teacher/entropy", "kl"):
             cells += [f"{run[name][0][1]:.3f}", f"{run[name][-1][1]:.3f}"]
+        for name, digits in (("kl/left", 3), ("teacher/right", 2)):
+            cells.append(f"{probed[name]:.{digits}f}" if name in probed else "")
         cells.append(f"{run['kl_ref'][-1][1]:.3f}" if "kl_ref" in run else "")
         cells += [f"{run['length/mean'][-1][1]:.0f}", f"{run['frac_truncated'][-1][1]:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def draw_paths(runs: list[dict], path: Path) -> None:
+    """A panel per teacher: held-out pass@1 against the KL of the ten steps before, a line per run,
+    with a large dot at its end."""
+    teachers = list(dict.fromkeys(run["teacher"] for run in runs))
+    rates = list(dict.fromkeys(run["lr"] for run in runs))
+    figure, axes = plt.subplots(
+        1, len(teachers), figsize=(4.2 * len(teachers), 3.6), sharey=True, squeeze=False,
+        layout="constrained",
+    )
+    for run in runs:
+        axis = axes[0][teachers.index(run["teacher"])]
+        kl = [value for _, value in run["kl"]]
+        scores = [value for step, value in run["heldout/pass@1"] if step > 0]
+        color = f"C{rates.index(run['lr'])}"
+        axis.plot(kl, scores, ".-", color=color, alpha=0.6, label=f"lr {run['lr']:g}")
+        axis.plot(kl[-1], scores[-1], "o", color=color)
+        axis.set(title=f"{run['teacher']} teacher", xlabel="KL(teacher‖student), nats per token")
+    for axis in axes[0]:
+        lines = {line.get_label(): line for line in axis.get_lines()[::2]}
+        axis.legend(lines.values(), lines, fontsize=7)
+        axis.grid(alpha=0.3)
+    axes[0][0].set(ylim=(0, 1), ylabel="held-out pass@1")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def draw(runs: list[dict], path: Path) -> None:
