@@ -1,6 +1,7 @@
 """HSD as printed: does the paper's objective hold, and at which learning rate and β?
 
     python benchmarks/printed.py --jobs 2  # the embedded model, 24 runs of 100 steps: an hour
+                                           # and one of 300
 
 The paper's teacher is live, its KL is forward, and every objective has Ω = β KL(π_θ‖π_0) with β =
 0.001 (Sec. 2.2). How Ω is summed over a response is not said: 0.001 per token, or 0.001 of the
@@ -23,6 +24,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -62,53 +64,69 @@ class Args:
     live: tuple[float, ...] = (0.001, 0.036, 0.1, 1.0)  # β of Ω with the live teacher
     frozen: tuple[float, ...] = (0.001, 1.0)  # the same with the frozen teacher
     steps: int = 100  # of 128 rollouts each
+    long: int = 300  # steps of one more run: the first rate, live, the first β
     seed: int = 0
     out: str = "runs/printed"  # folder of the runs
     jobs: int = 1  # runs at the same time
 
 
+class Setting(NamedTuple):
+    """One run."""
+
+    teacher: str
+    beta: float
+    lr: float
+    steps: int
+
+
 def main(args: Args) -> None:
-    rows = [("live", beta) for beta in args.live] + [("frozen", beta) for beta in args.frozen]
-    settings = [(*row, rate) for row in rows for rate in args.rates]
+    settings = settings_of(args)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         jobs = []
         for setting in settings:
-            command, folder = command_of(*setting, args), folder_of(*setting, args)
+            command, folder = command_of(setting, args.seed), folder_of(setting, args)
             jobs.append(pool.submit(execute, command, folder, threads))
-        for job, (teacher, beta, rate) in zip(jobs, settings):
+        for job, setting in zip(jobs, settings):
             job.result()
-            print(f"{teacher}, β {beta:g}, lr {rate:g}: done", flush=True)
+            print(f"{folder_of(setting, args).name}: done", flush=True)
     runs = []
-    for teacher, beta, rate in settings:
-        run = {"teacher": teacher, "beta": beta, "lr": rate}
-        folder = folder_of(teacher, beta, rate, args)
+    for setting in settings:
+        folder = folder_of(setting, args)
         last = max((folder / "checkpoints").iterdir())
-        runs.append(run | curves(rows_of(folder)) | {"probe": probe(last)})
+        runs.append(setting._asdict() | curves(rows_of(folder)) | {"probe": probe(last)})
     out = ROOT / "results" / "printed"
     out.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/printed.py " + " ".join(sys.argv[1:])
-    result = {
-        "command": command.strip(), "steps": args.steps, "start": probe(START), "runs": runs,
-        **machine(),
-    }
+    result = {"command": command.strip(), "start": probe(START), "runs": runs, **machine()}
     (out / "runs.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(table(runs))
-    draw(runs, out / "figure.png")
+    draw([run for run in runs if run["steps"] == args.steps], out / "figure.png")
     draw_paths(runs, out / "paths.png")
     print(table(runs))
 
 
-def command_of(teacher: str, beta: float, rate: float, args: Args) -> list[str]:
+def settings_of(args: Args) -> list[Setting]:
+    rows = [("live", beta) for beta in args.live] + [("frozen", beta) for beta in args.frozen]
+    settings = [Setting(*row, rate, args.steps) for row in rows for rate in args.rates]
+    if args.long:
+        settings.append(settings[0]._replace(steps=args.long))
+    return settings
+
+
+def command_of(setting: Setting, seed: int) -> list[str]:
     return [
-        "hsd.py", "--demo", "--top_p", "1", "--teacher", teacher, "--beta", f"{beta:g}",
-        "--lr", f"{rate:g}", "--steps", str(args.steps), "--eval_every", "10",
-        "--seed", str(args.seed),
+        "hsd.py", "--demo", "--top_p", "1", "--teacher", setting.teacher,
+        "--beta", f"{setting.beta:g}", "--lr", f"{setting.lr:g}", "--steps", str(setting.steps),
+        "--eval_every", "10", "--seed", str(seed),
     ]
 
 
-def folder_of(teacher: str, beta: float, rate: float, args: Args) -> Path:
-    return Path(args.out) / f"{teacher}-beta{beta:g}-lr{rate:g}-s{args.seed}"
+def folder_of(setting: Setting, args: Args) -> Path:
+    name = f"{setting.teacher}-beta{setting.beta:g}-lr{setting.lr:g}-s{args.seed}"
+    if setting.steps != args.steps:
+        name += f"-{setting.steps}"
+    return Path(args.out) / name
 
 
 def curves(rows: list[dict]) -> dict[str, list]:
@@ -176,15 +194,16 @@ def table(runs: list[dict]) -> str:
     """One line per run. Entropies and KLs: the first and the last ten steps' mean, nats per token;
     "of it in the peer alone" and "teacher right" are the probe of the last checkpoint."""
     lines = [
-        "| teacher | β | learning rate | pass@1: start | best (step) | end | entropy: start | end "
-        "| teacher's: start | end | KL: start | end | of it in the peer alone | teacher right "
+        "| teacher | β | learning rate | steps | pass@1: start | best (step) | end "
+        "| entropy: start | end | teacher's: start | end | KL: start | end | of it in the peer alone | teacher right "
         "| KL to π_0 | tokens | cut off |",
-        "|" + "---|" * 17,
+        "|" + "---|" * 18,
     ]
     for run in runs:
         scores, probed = run["heldout/pass@1"], run["probe"]
         step, best = max(scores, key=lambda pair: pair[1])
-        cells = [run["teacher"], f"{run['beta']:g}", f"{run['lr']:g}", f"{scores[0][1]:.2f}"]
+        cells = [run["teacher"], f"{run['beta']:g}", f"{run['lr']:g}", str(run["steps"])]
+        cells.append(f"{scores[0][1]:.2f}")
         cells += [f"{best:.2f} ({step})", f"{scores[-1][1]:.2f}"]
         for name in ("entropy", "teacher/entropy", "kl"):
             cells += [f"{run[name][0][1]:.3f}", f"{run[name][-1][1]:.3f}"]
