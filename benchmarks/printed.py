@@ -195,8 +195,8 @@ def table(runs: list[dict]) -> str:
     "of it in the peer alone" and "teacher right" are the probe of the last checkpoint."""
     lines = [
         "| teacher | β | learning rate | steps | pass@1: start | best (step) | end "
-        "| entropy: start | end | teacher's: start | end | KL: start | end | of it in the peer alone | teacher right "
-        "| KL to π_0 | tokens | cut off |",
+        "| entropy: start | end | teacher's: start | end | KL: start | end "
+        "| of it in the peer alone | teacher right | KL to π_0 | tokens | cut off |",
         "|" + "---|" * 18,
     ]
     for run in runs:
