@@ -97,8 +97,9 @@ def draw(found: list[dict], path: Path) -> None:
         y = [p["gain"] for p in mine]
         bars = [[p["gain"] - p["least"] for p in mine], [p["most"] - p["gain"] for p in mine]]
         axis.errorbar(x, y, bars, fmt="^osD"[i], color=f"C{i}", capsize=2, label=title)
-        left = grid == "qwen"  # its names: they would run into SmolLM2's points
         for place, names in labels(mine):
+            # to the right these names would run into other points
+            left = grid == "qwen" or (grid == "chain" and place[0] < 0.5)
             axis.annotate(
                 "\n".join(names), place, xytext=(-6 if left else 5, 0), textcoords="offset points",
                 fontsize=7, va="center", ha="right" if left else "left",
