@@ -505,7 +505,8 @@ def draw(rows: list[dict], path: Path) -> None:
     axis.axvline(student["mean"], color="tab:gray", linewidth=0.8, linestyle=":")
     names = [f"{row['wording']}: {row['shown']}".strip(": ") for row in reversed(rows)]
     axis.set_yticks(range(len(rows)), names)
-    axis.set(xlim=(-0.02, 1.02), xlabel="pass@1 of one answer, 95 % interval over questions")
+    axis.set_xlim(-0.02, 1.02)
+    figure.supxlabel("pass@1, 95 % interval over questions", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
