@@ -253,14 +253,18 @@ def draw(runs: list[dict], path: Path) -> None:
     for teacher, row in zip(teachers, axes):
         for beta, axis in zip(betas, row):
             axis.set_visible((teacher, beta) in drawn)
+    for column in zip(*axes):
+        lowest = [axis for axis in column if axis.get_visible()][-1]
+        lowest.set_xlabel("step")
+        lowest.tick_params(labelbottom=True)
+    for row in axes:
+        row[0].set(ylim=(0, 1), ylabel="held-out pass@1")
     for run in runs:
         axis = axes[teachers.index(run["teacher"])][betas.index(run["beta"])]
         steps, scores = zip(*run["heldout/pass@1"])
         axis.plot(steps, scores, label=f"lr {run['lr']:g}")
         axis.set_title(f"{run['teacher']} teacher, β {run['beta']:g}", fontsize=9)
         axis.grid(alpha=0.3)
-    axes[0][0].set(ylim=(0, 1), ylabel="held-out pass@1")
-    axes[-1][0].set(xlabel="step", ylabel="held-out pass@1")
     axes[0][-1].legend(fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
