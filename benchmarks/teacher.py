@@ -312,8 +312,12 @@ def answer_metrics(answers: dict, batch: Batch, shown: str) -> dict:
     right = (batch.rewards == 1).float()
     by_question: dict[int, list[float]] = {}
     student: dict[int, list[float]] = {}  # on the same questions
+    by_verdict = {"right": [0, 0], "wrong": [0, 0]}  # the rollout's → right answers, all answers
     for i, (_, verdict) in answers.items():
         own = right.flatten()[i]
+        counts = by_verdict["right" if own == 1 else "wrong"]
+        counts[0] += int(verdict.reward == 1)
+        counts[1] += 1
         if shown == "feedback":
             own = right[i // G].mean()
         by_question.setdefault(i // G, []).append(float(verdict.reward == 1))
@@ -323,6 +327,7 @@ def answer_metrics(answers: dict, batch: Batch, shown: str) -> dict:
     return out | {
         "right": interval(taught),
         "lead": interval(taught - alone),  # over the student on the same questions
+        "right_by_rollout": by_verdict,
         "cut_off": np.mean([rollout.truncated for rollout, _ in answers.values()]).item(),
         "tokens": np.mean([len(rollout.response_ids) for rollout, _ in answers.values()]).item(),
     }

@@ -41,11 +41,18 @@ def test_what_was_sampled_is_not_sampled_again_and_counts_within_the_budget(meas
 def test_every_row_has_its_answers_and_every_wording_its_own(measured):
     folder, summary, _, lines = measured
     rows = [json.loads(line) for line in lines.splitlines()]
+    attempts = {r["index"]: r["reward"] == 1 for r in rows if r["cell"] == "student"}
     for row in summary["rows"]:
         cell = "student" if row["shown"] == "student" else f"{row['wording']}/{row['shown']}"
         own = [r for r in rows if r["cell"] == cell]
         assert row["right"]["mean"] == pytest.approx(sum(r["reward"] == 1 for r in own) / len(own), abs=1e-4)
         assert row["cut_off"] == pytest.approx(sum(r["finish_reason"] == "length" for r in own) / len(own))
+        if cell != "student":
+            after = {True: [], False: []}  # whether the rollout was right → whether the teacher was
+            for r in own:
+                after[attempts[r["index"]]].append(r["reward"] == 1)
+            counts = row["right_by_rollout"]
+            assert counts == {"right": [sum(after[True]), len(after[True])], "wrong": [sum(after[False]), len(after[False])]}
     assert summary["rows"][1]["right"] != summary["rows"][2]["right"]  # words it never saw
     assert (folder / "figure.png").stat().st_size > 1000 and "unknown words" in (folder / "table.md").read_text()
     assert "Psst: " in (folder / "examples.md").read_text()
