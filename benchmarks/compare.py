@@ -384,8 +384,10 @@ def execute(command: list[str], folder: Path, threads: int) -> None:
     """Run a command of a method file into `folder`, unless a finished run is there. If the file
     itself refuses or stops the run with a line that begins with "error: ", that line is written to
     error.txt: it is a result."""
-    if (folder / "curves.png").exists() or (folder / "error.txt").exists():
-        if not any((folder / name).exists() for name in ("ran.json", "error.txt")):
+    if (folder / "error.txt").exists():
+        return
+    if (folder / "curves.png").exists():
+        if not (folder / "ran.json").exists():
             raise SystemExit(f"error: {folder} does not say which commit ran it (no ran.json); "
                              "remove it to run it again")
         return

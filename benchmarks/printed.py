@@ -9,11 +9,12 @@ whole sequence's KL, which is 0.036 here if a response's 36 tokens are averaged.
 learning rate × β × teacher, each run with the same rollouts, at top-p 1 on both sides. Every run is
 a plain command of hsd.py; one that is already under --out is not repeated.
 
-The last checkpoint of each run is then probed, and the start: how often are the student and its
-live teacher right, and how much of the KL between them could a student remove? It does not see the
-peer, so the best that it can learn is the mean of the teachers over the peers; what is left is the
-mutual information of token and peer (leakage.py). Writes results/printed/: runs.json, table.md,
-figure.png (pass@1 against steps) and paths.png (pass@1 against the KL).
+The last checkpoint of each run is then probed, and the start, each as its own (live) teacher: how
+often are the student and the teacher right, and how much of the KL between them could a student
+remove? It does not see the peer, so the best that it can learn is the mean of the teachers over the
+peers; what is left is the mutual information of token and peer (leakage.py). Writes
+results/printed/: runs.json, table.md, figure.png (pass@1 against steps) and paths.png (pass@1
+against the KL).
 """
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ from benchmarks.evaluate import machine
 from benchmarks.leakage import log_mean, log_probs, mean_kl
 from common.chat import as_text, chat_ids, load_tokenizer
 from common.sampler import HFSampler
-from common.tasks import load_task
+from common.tasks import Problem, load_task
 from common.tasks.chain import judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ def main(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/printed.py " + " ".join(sys.argv[1:])
     result = {"command": command.strip(), "start": probe(START), "runs": runs, **machine()}
-    (out / "runs.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "runs.json").write_text(json.dumps(result) + "\n")
     (out / "table.md").write_text(table(runs))
     draw([run for run in runs if run["steps"] == args.steps], out / "figure.png")
     draw_paths(runs, out / "paths.png")
@@ -181,7 +182,7 @@ def probe(path: str | Path) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
-def teacher_prompt(problem, peer: str, tokenizer) -> list[int]:
+def teacher_prompt(problem: Problem, peer: str, tokenizer) -> list[int]:
     return chat_ids(tokenizer, hsd.teacher_chat(problem, as_text(tokenizer, peer), hsd.Args()))
 
 
@@ -192,11 +193,11 @@ def entropy(logp: Tensor) -> float:
 
 def table(runs: list[dict]) -> str:
     """One line per run. Entropies and KLs: the first and the last ten steps' mean, nats per token;
-    "of it in the peer alone" and "teacher right" are the probe of the last checkpoint."""
+    "its own teacher" is the probe of the last checkpoint, also if the run's teacher was frozen."""
     lines = [
         "| teacher | β | learning rate | steps | pass@1: start | best (step) | end "
         "| entropy: start | end | teacher's: start | end | KL: start | end "
-        "| of it in the peer alone | teacher right | KL to π_0 | tokens | cut off |",
+        "| its own teacher: KL in the peer alone | right | KL to π_0 | tokens | cut off |",
         "|" + "---|" * 18,
     ]
     for run in runs:
