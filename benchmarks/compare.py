@@ -193,6 +193,15 @@ METHODS |= {
         f"sdzero.py {LARGER} --srt_questions 48 --srt_max_tokens 32 --srt_temperature 0.7 "
         "--sd_questions 192 --batch_size 32 --eval_every 3"
     ),
+    "SD only (135M)": Method(
+        f"sdzero.py {LARGER} --phase sd --srt_questions 16 --sd_questions 384 --batch_size 32 "
+        "--eval_every 3"
+    ),
+    "RFT (135M)": Method(  # 96 × 4
+        f"sdzero.py {LARGER} --phase srt --baseline rft --srt_questions 96 --srt_max_tokens 24 "
+        "--srt_temperature 0.7 --eval_every 3",
+        rate="--srt_lr",
+    ),
 }
 
 # --------------------------------------------------------------------------------------------------
