@@ -253,6 +253,10 @@ class HFSampler:
         cache.layers = [growing(layer) for layer in cache.layers]
         reading = Reading(past, mask, positions[:, -1:])
         logits = self.logits(ids, positions, reading)
+        require(
+            logits.isfinite().all(),
+            "--sampler hf: the model's logits are not finite: does the checkpoint hold NaN?",
+        )
         rows = as_long(which, self.device).repeat_interleave(n)
         reading.select(rows)
         return reading, logits[rows]
@@ -315,15 +319,12 @@ class GrowingLayer(DynamicLayer):
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.keys, self.values = keys, values
-            self.room = (keys, values)
+            self.keys, self.values = self.room = keys, values
             return keys, values
         past = self.keys.shape[-2]
         total = past + keys.shape[-2]
         if self.room[0].shape[-2] < total:
-            larger_keys = self.enlarged(self.keys, total)
-            larger_values = self.enlarged(self.values, total)
-            self.room = (larger_keys, larger_values)
+            self.room = (self.enlarged(self.keys, total), self.enlarged(self.values, total))
         self.room[0][:, :, past:total] = keys
         self.room[1][:, :, past:total] = values
         self.keys = self.room[0][:, :, :total]

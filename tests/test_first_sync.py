@@ -58,6 +58,16 @@ def test_a_sampler_whose_numbers_are_nan_ends_the_run(one_process, monkeypatch):
         first_sync(sampler, moved_policy(), chat_ids(tokenizer, CHAT))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_are_not_finite_ends_the_run_in_words(temperature):
+    tokenizer = load_tokenizer(CHAIN)
+    sampler = HFSampler(CHAIN, tokenizer, CPU)
+    with torch.no_grad():
+        sampler.lm.model.norm.weight[0] = float("nan")
+    with pytest.raises(SystemExit, match=r"^error: --sampler hf: the model's logits are not finite"):
+        sampler.sample([chat_ids(tokenizer, CHAT)], 2, seed=(0,), keys=[0], max_tokens=4, temperature=temperature)
+
+
 def one_of_two(folder: str) -> None:
     dist.init_process_group("gloo")
     rank, tokenizer = dist.get_rank(), load_tokenizer(CHAIN)
