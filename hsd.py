@@ -113,7 +113,7 @@ def presets(args: Args) -> dict:
 ANSWER = "The final answer is {answer}."
 SOLUTION = "A solution that passed the check:\n{solution}"
 CLOSING = "Now answer the original question."  # what works on which task: docs/teacher.md
-LAYOUT = ("question", "answer", "solution", "closing")  # the paper's; "question" last keeps a form
+LAYOUT = ("question", "answer", "solution", "closing")  # the paper's order of the fields
 
 
 def choose_peer(group: Group, i: int, how: str, rng: random.Random) -> int | None:

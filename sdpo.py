@@ -120,7 +120,7 @@ SOLUTION = "A solution that passed the check:\n{solution}"
 FEEDBACK = "What the checker said about an earlier attempt:\n{feedback}"
 TOO_LONG = "It is too long: it was cut off after {tokens} tokens."  # instead of the checker's words
 CLOSING = "Now answer the original question."  # what works on which task: docs/teacher.md
-LAYOUT = ("question", "solution", "feedback", "closing")  # Table 2's; "question" last keeps a form
+LAYOUT = ("question", "solution", "feedback", "closing")  # the order of Table 2
 
 
 def choose_sibling(group: Group, i: int, rng: random.Random) -> int | None:

@@ -226,6 +226,10 @@ class HFSampler:
         lengths = torch.full_like(rows, steps)
         done = torch.zeros_like(rows, dtype=torch.bool)
         for t in range(steps):
+            require(
+                logits.isfinite().all(),
+                "--sampler hf: the model's logits are not finite: NaN weights or overflow?",
+            )
             token, logp = draw(logits, uniforms[rows, t], temperature, top_p, top_k)
             tokens[rows, t] = token
             logps[rows, t] = logp
@@ -253,10 +257,6 @@ class HFSampler:
         cache.layers = [growing(layer) for layer in cache.layers]
         reading = Reading(past, mask, positions[:, -1:])
         logits = self.logits(ids, positions, reading)
-        require(
-            logits.isfinite().all(),
-            "--sampler hf: the model's logits are not finite: does the checkpoint hold NaN?",
-        )
         rows = as_long(which, self.device).repeat_interleave(n)
         reading.select(rows)
         return reading, logits[rows]

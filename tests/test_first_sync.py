@@ -59,13 +59,20 @@ def test_a_sampler_whose_numbers_are_nan_ends_the_run(one_process, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_whose_logits_are_not_finite_ends_the_run_in_words(temperature):
+@pytest.mark.parametrize("finite", [0, 2])
+def test_logits_that_are_not_finite_end_the_run_at_any_token(finite, temperature, monkeypatch):
     tokenizer = load_tokenizer(CHAIN)
     sampler = HFSampler(CHAIN, tokenizer, CPU)
-    with torch.no_grad():
-        sampler.lm.model.norm.weight[0] = float("nan")
+    logits, calls = sampler.logits, []
+
+    def broken(*args):
+        calls.append(args)
+        return logits(*args) * (1.0 if len(calls) <= finite else float("nan"))
+
+    monkeypatch.setattr(sampler, "logits", broken)
     with pytest.raises(SystemExit, match=r"^error: --sampler hf: the model's logits are not finite"):
         sampler.sample([chat_ids(tokenizer, CHAT)], 2, seed=(0,), keys=[0], max_tokens=4, temperature=temperature)
+    assert len(calls) == finite + 1
 
 
 def one_of_two(folder: str) -> None:
